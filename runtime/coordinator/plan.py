@@ -1,0 +1,183 @@
+"""What the coordinator tells the shards to do in one step, and what comes back.
+
+Both travel as bytes: a msgpack envelope whose integer arrays are raw little-endian buffers.
+Every rank receives the same bytes, so no two ranks can run different batches.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Bool = npt.NDArray[np.bool_]
+Float32 = npt.NDArray[np.float32]
+
+NO_TOKEN = -1  # in StepResult.token_ids: this row sampled nothing (its prompt is not finished)
+
+
+@dataclass(frozen=True)
+class SlotSampling:
+    """What a shard has to know to sample for one request."""
+
+    temperature: float  # 0: greedy
+    top_k: int  # 0: all
+    top_p: float
+    min_p: float
+    seed: int  # 64 bits, unsigned
+    logprobs: bool
+    stop_ids: tuple[int, ...]  # tokens suppressed while the new token's position is below stop_from
+    stop_from: int  # first position in the sequence where an end token is allowed
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class OpenedSlot:
+    """A request takes a slot; everything the shards keep about it is set here."""
+
+    slot: int
+    context_len: int  # tokens whose K and V are in its blocks already
+    block_ids: tuple[int, ...]
+    sampling: SlotSampling
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step. Shards apply it in this order: close, open, append blocks, run the rows.
+
+    Row r adds `row_num_new_tokens[r]` tokens to slot `row_slots[r]`. Its inputs are the slot's
+    last sampled token, which only the device may know yet, when `row_from_device[r]` (then it is
+    one token), else the next ids of `token_ids`, row after row. A token is sampled after the
+    row's last input when `row_samples[r]`.
+    """
+
+    epoch: int
+    step_id: int
+    closed_slots: Int32  # [num_closed]
+    opened: tuple[OpenedSlot, ...]
+    appended_slots: Int32  # [num_appended], one entry a block, in table order
+    appended_blocks: Int32  # [num_appended]
+    row_slots: Int32  # [num_rows]
+    row_num_new_tokens: Int32  # [num_rows]
+    row_from_device: Bool  # [num_rows]
+    row_samples: Bool  # [num_rows]
+    token_ids: Int32  # [sum of the new tokens of rows not from the device]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_slots)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.row_num_new_tokens.sum())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step sampled, row by row in the plan's order."""
+
+    epoch: int
+    step_id: int
+    token_ids: Int32  # [num_rows], NO_TOKEN where the row sampled nothing
+    logprobs: Float32 | None  # [num_rows], of the raw logits; None when no row asked
+    forward_ms: float
+
+    def checksum(self) -> int:
+        """CRC-32 of the token ids: every rank must come to the same one."""
+        return zlib.crc32(self.token_ids.tobytes())
+
+
+def _bytes(array: npt.NDArray[np.generic]) -> bytes:
+    return array.tobytes()
+
+
+def _int32(buffer: bytes) -> Int32:
+    return np.frombuffer(buffer, np.int32)
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    opened = [
+        (
+            slot.slot,
+            slot.context_len,
+            np.asarray(slot.block_ids, np.int32).tobytes(),
+            (
+                slot.sampling.temperature,
+                slot.sampling.top_k,
+                slot.sampling.top_p,
+                slot.sampling.min_p,
+                slot.sampling.seed,
+                slot.sampling.logprobs,
+                slot.sampling.stop_ids,
+                slot.sampling.stop_from,
+            ),
+        )
+        for slot in plan.opened
+    ]
+    packed: bytes = msgpack.packb(
+        (
+            plan.epoch,
+            plan.step_id,
+            opened,
+            _bytes(plan.closed_slots),
+            _bytes(plan.appended_slots),
+            _bytes(plan.appended_blocks),
+            _bytes(plan.row_slots),
+            _bytes(plan.row_num_new_tokens),
+            _bytes(plan.row_from_device),
+            _bytes(plan.row_samples),
+            _bytes(plan.token_ids),
+        )
+    )
+    return packed
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    (epoch, step_id, opened, closed, app_slots, app_blocks, slots, new_tokens, device, samples, tokens) = (
+        msgpack.unpackb(data)
+    )
+    return StepPlan(
+        epoch=epoch,
+        step_id=step_id,
+        closed_slots=_int32(closed),
+        opened=tuple(
+            OpenedSlot(
+                slot=slot,
+                context_len=context_len,
+                block_ids=tuple(_int32(blocks).tolist()),
+                sampling=SlotSampling(*sampling[:6], stop_ids=tuple(sampling[6]), stop_from=sampling[7]),
+            )
+            for slot, context_len, blocks, sampling in opened
+        ),
+        appended_slots=_int32(app_slots),
+        appended_blocks=_int32(app_blocks),
+        row_slots=_int32(slots),
+        row_num_new_tokens=_int32(new_tokens),
+        row_from_device=np.frombuffer(device, np.bool_),
+        row_samples=np.frombuffer(samples, np.bool_),
+        token_ids=_int32(tokens),
+    )
+
+
+def encode_result(result: StepResult) -> bytes:
+    logprobs = None if result.logprobs is None else _bytes(result.logprobs)
+    packed: bytes = msgpack.packb(
+        (result.epoch, result.step_id, _bytes(result.token_ids), logprobs, result.forward_ms)
+    )
+    return packed
+
+
+def decode_result(data: bytes) -> StepResult:
+    epoch, step_id, token_ids, logprobs, forward_ms = msgpack.unpackb(data)
+    return StepResult(
+        epoch=epoch,
+        step_id=step_id,
+        token_ids=_int32(token_ids),
+        logprobs=None if logprobs is None else np.frombuffer(logprobs, np.float32),
+        forward_ms=forward_ms,
+    )
