@@ -1,0 +1,286 @@
+"""Does the job fit? Worked out from the config and the model's sizes alone, before a byte of weights is read.
+
+Per shard, in bytes:
+
+    weights   = storage of its parameters, aliases once                            (exact)
+    KV        = num_blocks * block_size * 2 * layers * local KV heads * head_dim * cache dtype   (exact)
+    reserve   = activations + logits + rotary tables + runtime                     (stated, not measured)
+      activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
+      logits      = max_num_seqs * vocabulary rows * (dtype + 12)     raw, float32 copy, sampler's keys and noise
+      rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
+      runtime     = CUDA: 512 MiB context, 512 MiB graphs, 512 MiB NCCL when there are more shards; CPU: 512 MiB
+
+with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
+`memory_fraction * memory` after weights and reserve holds the blocks; the smallest number over the ranks counts for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from ...parallel.shard_map import ShardMap
+from ..config import CacheConfig, JobConfig
+from ..errors import ConfigError
+from ..models.parameters import weight_bytes
+from ..models.spec import ModelSpec
+
+DeviceKind = Literal["cpu", "cuda"]
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
+
+_MIB = 2**20
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What one shard holds, in bytes unless named otherwise."""
+
+    rank: int
+    num_q_heads: int
+    num_kv_heads: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes_per_block: int
+    kv_bytes: int
+    reserve_bytes: int
+    usable_bytes: int | None  # memory_fraction * memory; None when the memory is not known
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.reserve_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What every shard agrees on, and why it cannot work if it cannot."""
+
+    device_kind: DeviceKind
+    dtype: str
+    cache_dtype: str
+    block_size: int  # tokens
+    num_blocks: int  # on every rank, the never allocated block 0 included
+    max_model_len: int  # tokens of the longest request, prompt and output
+    shards: tuple[ShardPlan, ...]
+    problem: str | None  # which setting to change; None when it fits
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return max(0, self.num_blocks - 1) * self.block_size
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of the longest request that can run, alone if need be."""
+        return min(self.max_model_len, self.num_tokens)
+
+    def require_fit(self) -> None:
+        """Raises ConfigError when the job does not fit."""
+        if self.problem is not None:
+            raise ConfigError(self.problem)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        shards = [asdict(shard) | {"total_bytes": shard.total_bytes} for shard in self.shards]
+        return asdict(self) | {
+            "fits": self.problem is None,
+            "num_tokens": self.num_tokens,
+            "longest_request": self.longest_request,
+            "shards": shards,
+        }
+
+
+def resolve_dtype(dtype: str, device_kind: DeviceKind) -> str:
+    """The dtype of weights and activations: `auto` is bfloat16 on cuda and float32 on cpu."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device_kind == "cuda" else "float32"
+
+
+def resolve_cache_dtype(cache_dtype: str, dtype: str) -> str:
+    """The dtype of K and V: `auto` is the model's."""
+    return dtype if cache_dtype == "auto" else cache_dtype
+
+
+def host_memory_bytes() -> int:
+    """Memory of this host, or of the container it is seen from when that is less."""
+    total: int = psutil.virtual_memory().total
+    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
+    return total if limit == "max" else min(total, int(limit))
+
+
+def plan_memory(
+    config: JobConfig,
+    spec: ModelSpec,
+    shard_map: ShardMap,
+    device_kind: DeviceKind,
+    device_memory_bytes: int | Sequence[int] | None,
+) -> MemoryPlan:
+    """The plan of a job. Never raises for a job that does not fit: see `MemoryPlan.problem`.
+
+    `device_memory_bytes` is what one rank may count on before `memory_fraction`: a device's memory, or on CPU the
+    host's divided by its shards; one number for all, one a rank, or None when it is not known (then nothing is
+    checked against it, and without `cache.num_blocks` the cache gets all blocks that can be of use).
+    """
+    world_size = shard_map.world_size
+    dtype = resolve_dtype(config.dtype, device_kind)
+    cache_dtype = resolve_cache_dtype(config.cache.dtype, dtype)
+    fraction = memory_fraction(config.cache, device_kind)
+    memories = _per_rank(device_memory_bytes, world_size)
+    longest = config.scheduler.max_model_len or spec.max_position_embeddings
+    reserve = reserve_bytes(config, spec, shard_map, device_kind)
+
+    weights = [weight_bytes(spec, shard, DTYPE_BYTES[dtype]) for shard in shard_map.shards]
+    per_token = [shard_map.kv_bytes_per_token(rank, DTYPE_BYTES[cache_dtype]) for rank in range(world_size)]
+    usable = [None if memory is None else int(fraction * memory) for memory in memories]
+    fitting = [
+        max(0, room - held - reserve) // (token_bytes * config.cache.block_size)
+        for room, held, token_bytes in zip(usable, weights, per_token, strict=True)
+        if room is not None
+    ]
+    num_blocks = choose_num_blocks(
+        config.cache, useful_blocks(config.scheduler.max_num_seqs, longest, config.cache.block_size), fitting
+    )
+    shards = tuple(
+        ShardPlan(
+            rank=rank,
+            num_q_heads=len(shard.q_heads),
+            num_kv_heads=len(shard.kv_heads),
+            weight_bytes=weights[rank],
+            kv_bytes_per_token=per_token[rank],
+            kv_bytes_per_block=per_token[rank] * config.cache.block_size,
+            kv_bytes=per_token[rank] * config.cache.block_size * num_blocks,
+            reserve_bytes=reserve,
+            usable_bytes=usable[rank],
+        )
+        for rank, shard in enumerate(shard_map.shards)
+    )
+    num_tokens = max(0, num_blocks - 1) * config.cache.block_size
+    max_model_len = config.scheduler.max_model_len or min(longest, max(1, num_tokens))
+    return MemoryPlan(
+        device_kind=device_kind,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        block_size=config.cache.block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        shards=shards,
+        problem=_problem(config, spec, shards, num_blocks, min(fitting, default=None), fraction, memories),
+    )
+
+
+def memory_fraction(cache: CacheConfig, device_kind: DeviceKind) -> float:
+    """The share of a device's memory that a shard may use."""
+    if cache.memory_fraction is not None:
+        return cache.memory_fraction
+    return 0.9 if device_kind == "cuda" else 0.5
+
+
+def useful_blocks(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """Blocks beyond which the cache can never be filled: every slot at full length, and block 0."""
+    return max_num_seqs * -(-max_model_len // block_size) + 1
+
+
+def choose_num_blocks(cache: CacheConfig, most_useful: int, fitting: Sequence[int]) -> int:
+    """Blocks of every rank: `cache.num_blocks`, or what fits on the rank with least room (`fitting`, one a rank)."""
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    return min([most_useful, *fitting])
+
+
+def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, device_kind: DeviceKind) -> int:
+    """Work space of any shard besides weights and cache, by the formula at the top of this file."""
+    scheduler = config.scheduler
+    dtype_bytes = DTYPE_BYTES[resolve_dtype(config.dtype, device_kind)]
+    qkv_heads = max(len(shard.q_heads) + 2 * len(shard.kv_heads) for shard in shard_map.shards)
+    mlp_columns = max(len(shard.mlp_columns) for shard in shard_map.shards)
+    vocab_rows = max(len(shard.vocab_rows) for shard in shard_map.shards)
+    token_elements = 4 * spec.hidden_size + 2 * qkv_heads * spec.head_dim + 3 * mlp_columns
+    activations = scheduler.max_num_batched_tokens * token_elements * dtype_bytes
+    logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 12)
+    longest = scheduler.max_model_len or spec.max_position_embeddings
+    rotary = longest * 2 * spec.rotary.rotary_dim * 4
+    if device_kind == "cpu":
+        runtime = 512 * _MIB
+    else:
+        runtime = (1024 if shard_map.world_size == 1 else 1536) * _MIB
+    return activations + logits + rotary + runtime
+
+
+def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:
+    if memory is None or isinstance(memory, int):
+        return [memory] * world_size
+    if len(memory) != world_size:
+        raise ConfigError(
+            f"memory is given for {len(memory)} devices and tensor_parallel_size={world_size}; "
+            "give one size for all, or one a shard"
+        )
+    return list(memory)
+
+
+def _problem(
+    config: JobConfig,
+    spec: ModelSpec,
+    shards: Sequence[ShardPlan],
+    num_blocks: int,
+    most_blocks: int | None,
+    fraction: float,
+    memories: Sequence[int | None],
+) -> str | None:
+    """The first reason why the job cannot run: names the setting, both numbers and the way out."""
+    wanted_len, block_size = config.scheduler.max_model_len, config.cache.block_size
+    if wanted_len is not None and wanted_len > spec.max_position_embeddings:
+        return (
+            f"scheduler.max_model_len={wanted_len} is more than the {spec.max_position_embeddings} positions "
+            f"of this model; lower it to {spec.max_position_embeddings} or less"
+        )
+    more_room = _more_room(config, spec, fraction)
+    if most_blocks is not None and (most_blocks < MIN_BLOCKS or num_blocks > most_blocks):
+        tightest = min(shards, key=_spare_blocks)
+        memory = memories[tightest.rank]
+        assert memory is not None, "most_blocks comes from known memory"
+        assert tightest.usable_bytes is not None, "known when the memory is"
+        allowance = f"{gib(tightest.usable_bytes)} ({fraction:g} of {gib(memory)})"
+        held = f"{gib(tightest.weight_bytes)} weights and {gib(tightest.reserve_bytes)} work space"
+        if most_blocks < MIN_BLOCKS:
+            return (
+                f"shard {tightest.rank} needs {held} and may use {allowance}, which leaves no room for a cache: "
+                f"{more_room}, or lower scheduler.max_num_batched_tokens={config.scheduler.max_num_batched_tokens}"
+            )
+        return (
+            f"cache.num_blocks={num_blocks} takes {gib(tightest.kv_bytes)} on shard {tightest.rank} besides {held}, "
+            f"together {gib(tightest.total_bytes)}, and it may use {allowance}: "
+            f"lower cache.num_blocks to {most_blocks} or less, or {more_room}"
+        )
+    needed = -(-wanted_len // block_size) + 1 if wanted_len is not None else MIN_BLOCKS
+    if num_blocks < needed:
+        way_out = f"raise cache.num_blocks to {needed}" if config.cache.num_blocks is not None else more_room
+        return (
+            f"one request of scheduler.max_model_len={wanted_len} tokens needs {needed} blocks of {block_size} "
+            f"(one is never used) and the cache has {num_blocks}: "
+            f"lower scheduler.max_model_len to {(num_blocks - 1) * block_size} or less, or {way_out}"
+        )
+    return None
+
+
+def _spare_blocks(shard: ShardPlan) -> float:
+    assert shard.usable_bytes is not None, "only asked when the memory is known"
+    return (shard.usable_bytes - shard.weight_bytes - shard.reserve_bytes) / shard.kv_bytes_per_block
+
+
+def _more_room(config: JobConfig, spec: ModelSpec, fraction: float) -> str:
+    size = config.tensor_parallel_size
+    room = f"raise cache.memory_fraction={fraction:g}"
+    return (
+        f"raise tensor_parallel_size={size} (up to {spec.num_q_heads}), {room}"
+        if size < spec.num_q_heads
+        else room
+    )
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes as people read them."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
