@@ -1,0 +1,62 @@
+"""The two layers that are split over the vocabulary: token embedding and LM head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .group import Group
+
+
+class VocabParallelEmbedding:
+    """Rows of the embedding table by token id; each rank has the ids in `vocab_rows`.
+
+    A rank puts zeros where another rank owns the id, so the sum over ranks is the lookup, exactly: x + 0 = x.
+
+    | tensor    | shape                  | placement                                  |
+    |-----------|------------------------|--------------------------------------------|
+    | token_ids | [R], int64 or int32    | the same on all ranks, 0 <= id < vocab     |
+    | weight    | [vocab_local, hidden]  | split over rows; vocab_local may be 0      |
+    | y         | [R, hidden]            | the same on all ranks, dtype of the weight |
+    """
+
+    def __init__(self, weight: Tensor, vocab_rows: range, group: Group) -> None:
+        assert weight.dim() == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
+        assert vocab_rows.step == 1, "vocab_rows must be contiguous"
+        assert len(vocab_rows) == weight.shape[0], f"{len(vocab_rows)} rows, weight {tuple(weight.shape)}"
+        self.weight = weight
+        self.vocab_rows = vocab_rows
+        self.group = group
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        return self.group.all_reduce(self._lookup_local(token_ids), "embedding")
+
+    def _lookup_local(self, token_ids: Tensor) -> Tensor:
+        num_rows, hidden_size = self.weight.shape
+        if num_rows == 0:
+            return self.weight.new_zeros(*token_ids.shape, hidden_size)
+        if self.group.world_size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.vocab_rows.start
+        elsewhere = (local < 0) | (local >= num_rows)
+        y = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        return y.masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+
+class LMHead:
+    """Logits of this rank's slice of the vocabulary. No communication: they stay split for the sampler.
+
+    | tensor       | shape                  | placement                                       |
+    |--------------|------------------------|-------------------------------------------------|
+    | x            | [R, hidden]            | the same on all ranks                           |
+    | weight       | [vocab_local, hidden]  | split over rows (the embedding's, when tied)    |
+    | logits_local | [R, vocab_local]       | split over columns, always float32              |
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        assert weight.dim() == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).to(torch.float32)
