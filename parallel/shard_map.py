@@ -1,6 +1,6 @@
 """Who owns which part of a model: pure integers, the same on every rank.
 
-The unit is the head. Up to `num_kv_heads` ranks, whole KV groups (one KV head with its query heads) are dealt;
+The unit is the head. Up to `num_kv_heads` ranks, whole KV groups (a KV head with its query heads) are dealt;
 beyond that query heads are dealt, and a KV head lives on every rank that holds one of its query heads. MLP
 columns and vocabulary rows then even out the bytes that each rank reads per decode step.
 """

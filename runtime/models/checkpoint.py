@@ -1,0 +1,120 @@
+"""Reading slices of tensors from disk: only the rows or column blocks asked for, dequantised where needed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
+
+from .checkpoint_index import CheckpointIndex, read_index
+from .spec import ModelSpec
+from .tensor_info import STORED_TYPES, TensorInfo
+
+CHUNK_BYTES = 8 << 20  # stored bytes read at a time: bounds the host memory above the destination
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Checkpoint:
+    """Slices of a checkpoint's tensors. `bytes_read` counts the stored bytes of all slices read so far.
+
+    Files are memory-mapped while it is open; use it as a context manager to let go of the mapped pages.
+    """
+
+    def __init__(self, index: CheckpointIndex) -> None:
+        self.index = index
+        self.bytes_read = 0
+        self._maps: dict[str, Bytes] = {}
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.index.spec
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._maps.clear()
+
+    def read(self, name: str, axis: int = 0, indices: range | None = None) -> torch.Tensor:
+        """A new tensor with `indices` (default: all) of one axis, in the stored dtype; fp32 for ggml block types."""
+        info = self.index.tensors[name]
+        shape = list(info.shape)
+        shape[axis] = shape[axis] if indices is None else len(indices)
+        out = torch.empty(shape, dtype=_torch_dtype(info.dtype))
+        self.read_into(out, name, axis, indices)
+        return out
+
+    def read_into(self, out: torch.Tensor, name: str, axis: int = 0, indices: range | None = None) -> None:
+        """Fill `out`, of any float dtype and on any device, with `indices` of one axis; see `read`.
+
+        Rows of a tensor with `permuted_head_dim` can only be read by whole heads.
+        """
+        info = self.index.tensors[name]
+        wanted = range(info.shape[axis]) if indices is None else indices
+        assert 0 <= wanted.start <= wanted.stop <= info.shape[axis], f"{name}: {wanted}"
+        out_rows = out.unsqueeze(1) if out.dim() == 1 else out  # a vector is a matrix of one column
+        num_columns = info.shape[1] if len(info.shape) == 2 else 1
+        rows = wanted if axis == 0 else range(info.num_rows)
+        columns = range(num_columns) if axis == 0 else wanted
+        assert out_rows.shape == (len(rows), len(columns)), f"{name}: {tuple(out.shape)} for {wanted}"
+        if not (rows and columns):
+            return
+        for chunk, values in self._chunks(info, rows, columns):
+            out_rows[chunk.start - rows.start : chunk.stop - rows.start].copy_(values)
+
+    def _chunks(self, info: TensorInfo, rows: range, columns: range) -> Iterator[tuple[range, torch.Tensor]]:
+        """[rows in chunk, columns] tensors, in order; each holds CHUNK_BYTES of stored data or one head more."""
+        block, block_bytes = STORED_TYPES[info.dtype]
+        first_block, last_block = columns.start // block, -(-columns.stop // block)
+        head_dim = info.permuted_head_dim or 1
+        assert rows.start % head_dim == len(rows) % head_dim == 0, f"{info.name}: {rows} cuts a head"
+        chunk_rows = max(1, CHUNK_BYTES // ((last_block - first_block) * block_bytes * head_dim)) * head_dim
+        stored = self._stored(info)
+        for start in range(rows.start, rows.stop, chunk_rows):
+            chunk = range(start, min(start + chunk_rows, rows.stop))
+            data = stored[
+                chunk.start : chunk.stop, first_block * block_bytes : last_block * block_bytes
+            ].copy()
+            self.bytes_read += data.nbytes
+            values = _decode(data, info.dtype)[
+                :, columns.start - first_block * block : columns.stop - first_block * block
+            ]
+            yield chunk, _unpermute(values, head_dim) if info.permuted_head_dim else values
+
+    def _stored(self, info: TensorInfo) -> Bytes:
+        """The tensor's bytes in the file, [num_rows, row_bytes], not read yet."""
+        if info.file not in self._maps:
+            path = self.index.folder / info.file
+            self._maps[info.file] = np.memmap(path, dtype=np.uint8, mode="r")
+        data = self._maps[info.file][info.offset : info.offset + info.num_bytes]
+        return data.reshape(info.num_rows, info.row_bytes)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of a Hugging Face directory or `.gguf` file; raises CheckpointError as `read_index` does."""
+    return Checkpoint(read_index(path))
+
+
+def _torch_dtype(stored: str) -> torch.dtype:
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
+
+
+def _decode(data: Bytes, stored: str) -> torch.Tensor:
+    """[rows, bytes] to [rows, elements]."""
+    if STORED_TYPES[stored][0] == 1:
+        return torch.from_numpy(data).view(_torch_dtype(stored))
+    values: torch.Tensor = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[stored]))
+    return values
+
+
+def _unpermute(values: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of each head from llama.cpp's (i, i + half) pairs back to first half, second half."""
+    num_rows, num_columns = values.shape
+    pairs = values.reshape(num_rows // head_dim, head_dim // 2, 2, num_columns)
+    return pairs.transpose(1, 2).reshape(num_rows, num_columns)

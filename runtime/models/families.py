@@ -1,0 +1,33 @@
+"""The model families: which architectures are known, by the names that checkpoints use."""
+
+from collections.abc import Callable
+
+from . import llama
+from .fields import CheckpointError, Fields
+from .spec import ModelSpec
+
+SpecFromConfig = Callable[[Fields, Fields, str], ModelSpec]
+
+ARCHITECTURES: dict[str, SpecFromConfig] = {"LlamaForCausalLM": llama.spec_from_config}
+GGUF_ARCHITECTURES = ("llama",)
+
+
+def spec_from_config(config: Fields, generation: Fields) -> ModelSpec:
+    """The spec of a Hugging Face config. Raises CheckpointError for an unknown architecture or option."""
+    names = config.values.get("architectures") or [None]
+    name = names[0] if isinstance(names, list) else names
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{config.source}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name](config, generation, name)
+
+
+def check_gguf_architecture(metadata: Fields) -> None:
+    """Raises CheckpointError for a GGUF architecture that is not supported."""
+    name = metadata.text("general.architecture")
+    if name not in GGUF_ARCHITECTURES:
+        raise CheckpointError(
+            f"{metadata.source}: architecture {name!r} is not supported; "
+            f"supported in GGUF files: {', '.join(GGUF_ARCHITECTURES)}"
+        )
