@@ -1,0 +1,49 @@
+"""Every tolerance of the tests, by operation and dtype, each with its reason. Loosening one is a reviewed change.
+
+The bound is |got - expected| <= atol + rtol * |expected|, `expected` from the float64 reference rounded to the dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tolerance(NamedTuple):
+    atol: float
+    rtol: float
+    reason: str
+
+
+F32_ROUNDING = Tolerance(
+    1e-6, 2e-6, "float32 arithmetic of a few operations against float64: some 2**-24 each"
+)
+BF16_TWO_ULP = Tolerance(
+    1e-6,
+    2**-7,
+    "one rounding to bfloat16; Triton's interpreter truncates, so two units in the last place (2**-8)",
+)
+
+TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
+    ("norm", torch.float32): F32_ROUNDING,
+    ("norm", torch.bfloat16): BF16_TWO_ULP,
+    ("residual", torch.float32): F32_ROUNDING,
+    ("residual", torch.bfloat16): BF16_TWO_ULP,
+    ("rotary", torch.float32): F32_ROUNDING,
+    ("rotary", torch.bfloat16): BF16_TWO_ULP,
+    ("activation", torch.float32): F32_ROUNDING,
+    ("activation", torch.bfloat16): BF16_TWO_ULP,
+    ("attention", torch.float32): Tolerance(
+        3e-6, 3e-6, "float32 dot products over head_dim and a few hundred positions, values around 1"
+    ),
+    ("attention", torch.bfloat16): Tolerance(
+        1.6e-2,
+        1.6e-2,
+        "softmax weights are rounded to bfloat16 before the second product, and the output once more",
+    ),
+}
+
+
+def assert_within(got: torch.Tensor, expected: torch.Tensor, operation: str) -> None:
+    """Fails with the largest difference when `got` is outside the tolerance of its operation and dtype."""
+    tolerance = TOLERANCES[operation, got.dtype]
+    torch.testing.assert_close(got.cpu(), expected.cpu(), atol=tolerance.atol, rtol=tolerance.rtol)
