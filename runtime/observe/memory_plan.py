@@ -8,6 +8,7 @@ Per shard, in bytes:
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
       logits      = max_num_seqs * vocabulary rows * (dtype + 12)     raw, float32 copy, sampler's keys and noise
       rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
+      gathered    = CPU only: K and V of one attention call, a stream per query head, and its mask
       runtime     = CUDA: 512 MiB context, 512 MiB graphs, 512 MiB NCCL when there are more shards; CPU: 512 MiB
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
@@ -29,6 +30,7 @@ from ..models.spec import ModelSpec
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_GATHERED_TOKENS = 65536  # the CPU kernel's bound on keys gathered at once
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
 
 _MIB = 2**20
@@ -158,15 +160,13 @@ def plan_memory(
         )
         for rank, shard in enumerate(shard_map.shards)
     )
-    num_tokens = max(0, num_blocks - 1) * config.cache.block_size
-    max_model_len = config.scheduler.max_model_len or min(longest, max(1, num_tokens))
     return MemoryPlan(
         device_kind=device_kind,
         dtype=dtype,
         cache_dtype=cache_dtype,
         block_size=config.cache.block_size,
         num_blocks=num_blocks,
-        max_model_len=max_model_len,
+        max_model_len=longest,
         shards=shards,
         problem=_problem(config, spec, shards, num_blocks, min(fitting, default=None), fraction, memories),
     )
@@ -203,11 +203,14 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 12)
     longest = scheduler.max_model_len or spec.max_position_embeddings
     rotary = longest * 2 * spec.rotary.rotary_dim * 4
-    if device_kind == "cpu":
-        runtime = 512 * _MIB
-    else:
+    if device_kind == "cuda":
         runtime = (1024 if shard_map.world_size == 1 else 1536) * _MIB
-    return activations + logits + rotary + runtime
+        return activations + logits + rotary + runtime
+    q_heads = max(len(shard.q_heads) for shard in shard_map.shards)
+    gathered_tokens = min(scheduler.max_num_seqs * longest, max(CPU_GATHERED_TOKENS, longest))
+    gathered = gathered_tokens * 2 * q_heads * spec.head_dim * dtype_bytes
+    mask = 2 * scheduler.max_num_batched_tokens * longest * dtype_bytes  # twice: rows padded to one length
+    return activations + logits + rotary + gathered + mask + 512 * _MIB
 
 
 def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:

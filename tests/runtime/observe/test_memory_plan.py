@@ -4,11 +4,13 @@ import math
 from typing import Any
 
 import pytest
+from kvshard.kernels.cpu.plan import MAX_GATHERED_TOKENS
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.models.spec import ModelSpec, RotarySpec
 from kvshard.runtime.observe.memory_plan import (
+    CPU_GATHERED_TOKENS,
     MemoryPlan,
     choose_num_blocks,
     plan_memory,
@@ -113,6 +115,10 @@ def test_dtype(dtype: str, device: Any, resolved: str) -> None:
     assert mixed.shards[0].kv_bytes_per_token == 2 * 30 * 3 * 64 * 2
 
 
+def test_reserve_knows_the_cpu_kernels_bound() -> None:
+    assert CPU_GATHERED_TOKENS == MAX_GATHERED_TOKENS
+
+
 def test_the_rank_with_least_room_decides() -> None:
     config = make_config(
         tensor_parallel_size=2, scheduler={"max_num_seqs": 1024, "max_num_batched_tokens": 1024}
@@ -130,9 +136,9 @@ def test_no_more_blocks_than_requests_can_fill() -> None:
     assert choose_num_blocks(make_config(cache={"num_blocks": 500}).cache, 29, [100]) == 500
 
 
-def test_longest_request_follows_the_cache_when_it_is_not_set() -> None:
+def test_longest_request_is_what_the_cache_or_the_model_allows() -> None:
     result = plan(SMALL, make_config(cache={"num_blocks": 11}), 80 * GIB)
-    assert (result.problem, result.max_model_len, result.longest_request) == (None, 160, 160)
+    assert (result.problem, result.max_model_len, result.longest_request) == (None, 8192, 160)
     roomy = plan(SMALL, make_config(cache={"num_blocks": 1000}), 80 * GIB)
     assert (roomy.max_model_len, roomy.longest_request) == (8192, 8192)
 
