@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from . import shared_memory_layout
-from .all_reduce import SUM_DTYPES, GlooTransport, GroupError, NcclTransport, Transport
+from .all_reduce import SUM_DTYPES, GroupError, Transport
+from .all_reduce_gloo import GlooTransport
+from .all_reduce_nccl import NcclTransport
 from .shared_memory import SharedMemoryTransport
 from .shared_memory_native import load_library
 
@@ -107,20 +109,18 @@ class Group:
         x: contiguous, of float32, float64, bfloat16, float16 (summed in float32) or int64, on the group's device.
         The result has the same bits on all ranks. Except with NCCL it is summed in rank order.
         """
-        if self._transport is None:
-            return x
-        assert x.dtype in SUM_DTYPES, f"{where}: cannot sum {x.dtype}"
         self._check(x, where)
-        if x.numel():
+        if self._transport is not None and x.numel():
+            assert x.dtype in SUM_DTYPES, f"{where}: cannot sum {x.dtype}"
             self._transport.all_reduce(x, where)
         return x
 
     def all_gather(self, x: Tensor, where: str) -> Tensor:
         """[world_size, *x.shape] with x of every rank. x: contiguous, any dtype, on the group's device, of the same
         shape on all ranks. With one rank the result is a view of x."""
+        self._check(x, where)
         if self._transport is None:
             return x.unsqueeze(0)
-        self._check(x, where)
         out = torch.empty((self.world_size, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
             self._transport.all_gather(x, out, where)
@@ -128,24 +128,29 @@ class Group:
 
     def barrier(self, where: str) -> None:
         """Returns when all ranks have called it."""
+        self._check(None, where)
         if self._transport is not None:
-            self._check(None, where)
             self._transport.barrier(where)
 
     def abort(self, reason: str) -> None:
-        """Make pending and later collectives raise GroupError, here and on the other ranks. From any thread."""
+        """Make pending and later collectives raise GroupError. From any thread.
+
+        It reaches the other ranks too, except with NCCL, where each rank must be told by its own way.
+        """
         self._aborted = self._aborted or reason
         if self._transport is not None:
             self._transport.abort(reason)
 
     def close(self) -> None:
-        """Give back what the group holds. Safe to call twice, and after an error."""
+        """Give back what the group holds; ends it for all ranks, like abort. Safe to call twice, or after an error."""
         self._aborted = self._aborted or "the group is closed"
         if self._transport is not None:
             self._transport.close()
 
     def _check(self, x: Tensor | None, where: str) -> None:
-        assert x is None or x.is_contiguous(), f"{where}: tensor of strides {x.stride()} is not contiguous"
+        if x is not None:
+            assert x.is_contiguous(), f"{where}: a tensor of strides {x.stride()} is not contiguous"
+            assert x.device.type == self.device.type, f"{where}: tensor on {x.device}, group on {self.device}"
         if self._aborted is not None:
             sequence = 0 if self._transport is None else self._transport.sequence + 1
             raise GroupError(f"aborted: {self._aborted}", rank=self.rank, where=where, sequence=sequence)

@@ -55,7 +55,7 @@ static int mark_missing(struct ring *g, int dead_only) {
     for (int64_t r = 0; r < g->world_size; r++) {
         if (arrived(g, r) >= g->seq) continue;
         struct pollfd ended = {.fd = g->pidfds[r], .events = POLLIN};
-        if (dead_only && (g->pidfds[r] < 0 || poll(&ended, 1, 0) <= 0)) continue;
+        if (dead_only && (poll(&ended, 1, 0) <= 0 || !(ended.revents & POLLIN))) continue;
         if (dead_only && arrived(g, r) >= g->seq) continue;  // it arrived, then ended
         g->missing[r] = 1;
         count++;

@@ -40,7 +40,6 @@ class SharedMemoryTransport:
         self._segment = segment
         self._rank = rank
         self._timeout_s = timeout_s
-        self._closed = False
         self._pidfds: list[int] = []
         try:
             for peer, process_id in enumerate(process_ids):
@@ -59,19 +58,19 @@ class SharedMemoryTransport:
             self._ring = PythonRing(segment, rank, pidfds=self._pidfds, timeout_s=timeout_s, crowded=crowded)
 
     def all_reduce(self, x: Tensor, where: str) -> None:
-        self._begin(where)
+        self.sequence += 1
         status = self._ring.all_reduce(x)
         if status != OK:
             raise self._failed(status, where)
 
     def all_gather(self, x: Tensor, out: Tensor, where: str) -> None:
-        self._begin(where)
+        self.sequence += 1
         status = self._ring.all_gather(x, out)
         if status != OK:
             raise self._failed(status, where)
 
     def barrier(self, where: str) -> None:
-        self._begin(where)
+        self.sequence += 1
         status = self._ring.barrier()
         if status != OK:
             raise self._failed(status, where)
@@ -81,16 +80,11 @@ class SharedMemoryTransport:
 
     def close(self) -> None:
         """The mapping itself goes with the last reference to it: another thread may still be in a collective."""
-        self._closed = True
+        self.abort("the group is closed")
         for descriptor in self._pidfds:
             if descriptor >= 0:
                 os.close(descriptor)
         self._pidfds = []
-
-    def _begin(self, where: str) -> None:
-        self.sequence += 1
-        if self._closed:
-            raise self._error("the group is closed", where)
 
     def _failed(self, status: int, where: str) -> GroupError:
         """Also stops the other ranks: they learn what this one knows, and need not wait for it."""

@@ -63,7 +63,7 @@ class PythonRing:
             ]
             for parity in (0, 1)
         ]
-        self._views: dict[tuple[torch.dtype, int], list[list[Tensor]]] = {}
+        self._views: dict[torch.dtype, list[list[Tensor]]] = {}
 
     def all_reduce(self, x: Tensor) -> int:
         code, flat = DTYPE_CODES[x.dtype], x.view(-1)
@@ -91,10 +91,9 @@ class PythonRing:
         return self._missing
 
     def _slots_as(self, dtype: torch.dtype) -> list[list[Tensor]]:
-        key = (dtype, 0)
-        if key not in self._views:
-            self._views[key] = [[slot.view(dtype) for slot in half] for half in self._slots]
-        return self._views[key]
+        if dtype not in self._views:
+            self._views[dtype] = [[slot.view(dtype) for slot in half] for half in self._slots]
+        return self._views[dtype]
 
     def _collective(self, code: int, flat: Tensor, read: Callable[[int, int, int], None]) -> int:
         own = self._slots_as(flat.dtype)
@@ -159,7 +158,7 @@ class PythonRing:
     def _ended(self, rank: int) -> bool:
         poller = select.poll()
         poller.register(self._pidfds[rank], select.POLLIN)
-        return bool(poller.poll(0))
+        return any(events & select.POLLIN for _, events in poller.poll(0))
 
 
 def _word_index(rank: int) -> int:
@@ -169,8 +168,6 @@ def _word_index(rank: int) -> int:
 def _sum_exact(parts: list[Tensor], out: Tensor) -> None:
     """numpy: a torch call costs several times as much on tensors this small."""
     total = out.numpy()
-    if len(parts) == 1:
-        return
     np.add(parts[0].numpy(), parts[1].numpy(), out=total)
     for part in parts[2:]:
         np.add(total, part.numpy(), out=total)
