@@ -30,8 +30,8 @@ def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
         cos = cos_sin[position, :half].double()
         sin = cos_sin[position, half:].double()
         for heads in (q, k):
-            first = heads[token, :, :half].double()
-            second = heads[token, :, half : 2 * half].double()
+            before = heads[token].to(torch.float64, copy=True)
+            first, second = before[:, :half], before[:, half : 2 * half]
             heads[token, :, :half] = (first * cos - second * sin).to(heads.dtype)
             heads[token, :, half : 2 * half] = (second * cos + first * sin).to(heads.dtype)
 
