@@ -1,0 +1,215 @@
+"""One batch job: rows in, answers out, with the coordinator never waiting for either."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from ..config import JobConfig
+from ..coordinator.executor import ShardHealth, ShardInfo
+from ..coordinator.request import Request
+from ..coordinator.stats import CoordinatorStats
+from ..errors import RequestError
+from ..observe.progress import ProgressView
+from ..observe.summary import BatchSummary
+from ..sampling_params import SamplingParams
+from .output import OutputFile
+from .records import BadRow, Prompt, Row
+from .response import TokenDecoder, answer_line, error_line
+
+POLL_S = 0.1
+JOIN_S = 5.0
+
+
+class BatchCoordinator(Protocol):
+    """The part of a coordinator that a batch job uses."""
+
+    def add(self, request: Request) -> None: ...
+    def step(self) -> list[Request]: ...
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def stats(self) -> CoordinatorStats: ...
+
+
+class BatchExecutor(Protocol):
+    """The part of an executor that a batch job uses."""
+
+    def health(self) -> Sequence[ShardHealth]: ...
+
+
+class BatchEngine(Protocol):
+    """A started model."""
+
+    @property
+    def config(self) -> JobConfig: ...
+    @property
+    def coordinator(self) -> BatchCoordinator: ...
+    @property
+    def executor(self) -> BatchExecutor: ...
+    @property
+    def shards(self) -> Sequence[ShardInfo]: ...
+    @property
+    def tokenizer(self) -> TokenDecoder: ...
+    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request: ...
+
+
+def run_batch(
+    engine: BatchEngine,
+    rows: Iterator[Row | BadRow],
+    output: OutputFile,
+    progress: ProgressView,
+    stop: threading.Event,
+) -> BatchSummary:
+    """Run every row that `output` does not have, and write each as it finishes.
+
+    Setting `stop` ends the job after the current step; what was not written runs again next time. Raises
+    ConfigError (input or output file) and ShardError; the rows written so far stay.
+    """
+    summary = BatchSummary(output.path)
+    config = engine.config
+    waiting_target = config.scheduler.max_num_seqs
+    running: dict[str, tuple[Row, Request]] = {}
+    coordinator = engine.coordinator
+    started_s = shown_s = time.monotonic()
+
+    def fail(failure: "_Failure") -> None:
+        output.write(error_line(failure.row_id, "input_error", failure.code, failure.message))
+        summary.num_failed += 1
+
+    def admit(item: "_Item") -> None:
+        if isinstance(item, _Failure):
+            return fail(item)
+        row, request = item
+        try:
+            coordinator.add(request)
+        except RequestError as error:
+            return fail(_Failure(row.row_id, "invalid_request", str(error)))
+        running[row.row_id] = item
+
+    def finish(request: Request) -> None:
+        row, _ = running.pop(request.request_id)
+        if request.error is not None:
+            output.write(error_line(row.row_id, "system_error", "request_failed", request.error))
+            summary.num_failed += 1
+        else:
+            output.write(answer_line(row, request, config.model, engine.tokenizer))
+            summary.add(request)
+
+    def show() -> None:
+        num_tokens = summary.num_output_tokens
+        num_tokens += sum(len(request.output_token_ids) for _, request in running.values())
+        progress.update(summary.num_ok + summary.num_failed, summary.num_failed, num_tokens)
+
+    with _Feeder(rows, output.done, engine.make_request, 2 * waiting_target) as feeder:
+        while not stop.is_set():
+            while coordinator.num_waiting < waiting_target and (item := feeder.get(0.0)) is not None:
+                admit(item)
+            if coordinator.has_work:
+                for request in coordinator.step():
+                    finish(request)
+            elif (item := feeder.get(POLL_S)) is not None:
+                admit(item)
+            elif feeder.exhausted:
+                break
+            if time.monotonic() - shown_s >= POLL_S:
+                shown_s = time.monotonic()
+                show()
+        else:
+            summary.interrupted = True
+        summary.num_skipped = feeder.num_skipped
+    show()
+    summary.wall_s = time.monotonic() - started_s
+    summary.add_shards(engine.shards, engine.executor.health(), coordinator.stats.peak_used_blocks)
+    return summary
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A row that cannot run."""
+
+    row_id: str
+    code: str
+    message: str
+
+
+_Item = tuple[Row, Request] | _Failure
+
+
+class _Feeder:
+    """Reads and tokenises rows in a thread of its own, up to `max_ahead` rows before they are asked for."""
+
+    def __init__(
+        self,
+        rows: Iterator[Row | BadRow],
+        done: set[str],
+        make_request: Callable[[str, Prompt, SamplingParams], Request],
+        max_ahead: int,
+    ) -> None:
+        self.num_skipped = 0
+        self._rows = rows
+        self._done = done
+        self._make_request = make_request
+        self._items: queue.Queue[_Item] = queue.Queue(max_ahead)
+        self._error: BaseException | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="row-feeder", daemon=True)
+
+    @property
+    def exhausted(self) -> bool:
+        """True when every row was handed out. Raises what reading the rows raised."""
+        # The thread first: what it did before its end is then seen below.
+        if self._thread.is_alive() or not self._items.empty():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def get(self, timeout_s: float) -> _Item | None:
+        """The next row, or None when none is ready in time."""
+        try:
+            return self._items.get(block=timeout_s > 0, timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._thread.join(JOIN_S)  # a daemon: one that hangs in a file read cannot hold up the exit
+
+    def _run(self) -> None:
+        try:
+            for row in self._rows:
+                if row.row_id in self._done:
+                    self.num_skipped += 1
+                elif not self._put(self._prepare(row)):
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again by `exhausted`, in the job's thread
+            self._error = error
+
+    def _prepare(self, row: Row | BadRow) -> _Item:
+        if isinstance(row, BadRow):
+            return _Failure(row.row_id, row.code, row.message)
+        try:
+            return row, self._make_request(row.row_id, row.prompt, row.sampling)
+        except RequestError as error:
+            return _Failure(row.row_id, "invalid_request", str(error))
+
+    def _put(self, item: _Item) -> bool:
+        while not self._closing.is_set():
+            try:
+                self._items.put(item, timeout=POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,62 @@
+"""The resolved config beside an output file, and whether a later run may add to that file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import JobConfig
+from ..errors import ConfigError
+from ..sampling_params import SamplingParams
+
+# Settings that change what the answers are. The others change only how fast, and where, they are made.
+_RESULT_KEYS = (
+    "model",
+    "revision",
+    "tokenizer",
+    "chat_template",
+    "dtype",
+    "seed",
+    "cache.dtype",
+    *(f"sampling.{name}" for name in SamplingParams.model_fields),
+)
+# "auto" before the shards are started, a value after: compared only once it is known.
+_AUTO_KEYS = ("dtype", "cache.dtype")
+
+
+def save_config(path: Path, config: JobConfig) -> None:
+    """Write `config` as a job file, atomically. Raises ConfigError when it cannot be written."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        heading = "# The resolved settings of the run that wrote the file beside this one.\n"
+        temporary.write_text(heading + text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_same_results(output: Path, saved: Path, config: JobConfig) -> None:
+    """Raise ConfigError when the rows in `output` were made with settings that give other answers."""
+    try:
+        old = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return  # the user took it away
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {saved}, the settings of the rows in {output}: {error}") from None
+    new = config.model_dump(mode="json")
+    for key in _RESULT_KEYS:
+        before, now = _get(old, key), _get(new, key)
+        if before == now or (key in _AUTO_KEYS and now == "auto"):
+            continue
+        raise ConfigError(
+            f"{key}: the rows in {output} were made with {before!r} and the job says {now!r}, so they would not "
+            f"belong together; set another output.path, or remove {output} to begin again"
+        )
+
+
+def _get(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
