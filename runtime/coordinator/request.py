@@ -1,0 +1,104 @@
+"""One request: what was asked, what has come out so far, and where it stands."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from ..sampling_params import SamplingParams
+from .plan import SlotSampling
+
+if TYPE_CHECKING:
+    from .detokenizer import Detokenizer
+
+Status = Literal["waiting", "running", "finished"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+def request_seed(sampling: SamplingParams, job_seed: int, request_id: str) -> int:
+    """The 64-bit seed of a request: its own, or a hash of the job's seed and the request's id."""
+    if sampling.seed is not None:
+        return sampling.seed % 2**64
+    key = job_seed.to_bytes(8, "little") + request_id.encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt on its way to an answer. The coordinator changes it; others only read it.
+
+    Times are readings of the coordinator's clock in seconds. A request arrives when it is added and
+    is admitted when it is first given a slot, so time to first token leaves out the queue.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int  # 64 bits, unsigned
+
+    output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
+    output_logprobs: list[float] | None = None  # of the raw logits, one an output token, when asked for
+    text: str = ""  # complete when finished; grows before that only when there are stop strings
+    status: Status = "waiting"
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it; None for EOS
+    error: str | None = None
+
+    arrival: int = -1  # place in the order of arrival
+    max_len: int = 0  # most tokens, prompt and output; set when added
+    slot: int = -1
+    block_ids: list[int] = field(default_factory=list)  # in token order
+    last_step_id: int = -1  # last plan sent that it was part of; kept up while it has no slot
+    num_preemptions: int = 0
+    detokenizer: "Detokenizer | None" = None  # only with stop strings
+
+    arrived_s: float | None = None
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling.logprobs is not None:
+            self.output_logprobs = []
+
+    @classmethod
+    def new(
+        cls, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, job_seed: int = 0
+    ) -> "Request":
+        """A request whose seed is `sampling.seed`, or comes from `job_seed` and `request_id`."""
+        return cls(request_id, prompt_token_ids, sampling, request_seed(sampling, job_seed, request_id))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """First token minus admission; None before the first token."""
+        if self.first_token_s is None or self.admitted_s is None:
+            return None
+        return (self.first_token_s - self.admitted_s) * 1e3
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """(finish - first token) / (tokens - 1); None below two tokens or before the end."""
+        if self.first_token_s is None or self.finished_s is None or len(self.output_token_ids) < 2:
+            return None
+        return (self.finished_s - self.first_token_s) * 1e3 / (len(self.output_token_ids) - 1)
+
+    def slot_sampling(self, eos_token_ids: tuple[int, ...]) -> SlotSampling:
+        """What the shards need to sample for this request."""
+        sampling = self.sampling
+        stop_ids: tuple[int, ...] = ()
+        if sampling.min_tokens > 0:
+            stop_ids = (() if sampling.ignore_eos else eos_token_ids) + sampling.stop_token_ids
+        return SlotSampling(
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            top_k=0 if sampling.greedy else max(sampling.top_k, 0),
+            top_p=1.0 if sampling.greedy else sampling.top_p,
+            min_p=0.0 if sampling.greedy else sampling.min_p,
+            seed=self.seed,
+            logprobs=sampling.logprobs is not None,
+            stop_ids=stop_ids,
+            stop_from=len(self.prompt_token_ids) + sampling.min_tokens,
+        )

@@ -1,0 +1,19 @@
+"""Counters of one coordinator's life."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class CoordinatorStats:
+    """Counts since the coordinator was made."""
+
+    num_steps: int = 0  # plans sent
+    num_token_steps: int = 0  # tokens run through the model, recomputed ones again
+    num_prefill_chunks: int = 0
+    num_chunked_prompts: int = 0  # prefills that took more than one plan
+    num_preemptions: int = 0
+    num_dropped_tokens: int = 0  # sampled for rows that had ended already
+    num_prompt_tokens: int = 0  # of finished requests
+    num_output_tokens: int = 0  # of finished requests
+    max_plans_in_flight_ahead: int = 0  # plans sent beyond the one whose result was awaited
+    peak_used_blocks: int = 0

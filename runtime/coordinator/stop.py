@@ -1,0 +1,68 @@
+"""When a request is done, and its text."""
+
+from collections.abc import Collection
+
+from .detokenizer import Detokenizer, TokenDecoder
+from .request import FinishReason, Request
+
+
+class EndOfRequest:
+    """Decides after each new token whether a request has ended; keeps its text up to date.
+
+    An ending token (EOS or a stop token) stays in `output_token_ids` and is not part of the text.
+    The text is cut before a stop string; the token that completed it stays in the ids.
+    """
+
+    def __init__(self, eos_token_ids: Collection[int], decoder: TokenDecoder | None) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._decoder = decoder
+
+    def prepare(self, request: Request) -> None:
+        """Call once before the first token. Stop strings need the text as it grows."""
+        if request.sampling.stop:
+            assert self._decoder is not None, "stop strings are refused without a tokenizer"
+            request.detokenizer = Detokenizer(self._decoder, request.prompt_token_ids)
+
+    def reached(self, request: Request) -> FinishReason | None:
+        """Look at the newest token: "stop", "length" or None. Sets `stop_reason` and `text`."""
+        sampling = request.sampling
+        token_id = request.output_token_ids[-1]
+        past_minimum = len(request.output_token_ids) > sampling.min_tokens
+        if past_minimum and token_id in self._eos_token_ids and not sampling.ignore_eos:
+            return "stop"
+        if past_minimum and token_id in sampling.stop_token_ids:
+            request.stop_reason = token_id
+            return "stop"
+        if request.detokenizer is not None:
+            self._extend_text(request, request.detokenizer.feed([token_id]), look_for_stop=past_minimum)
+            if request.stop_reason is not None:
+                return "stop"
+        return "length" if request.num_tokens >= request.max_len else None
+
+    def complete_text(self, request: Request) -> None:
+        """Bring `text` to the end; call once when the request has ended for whatever reason."""
+        if self._decoder is None or isinstance(request.stop_reason, str):
+            return  # a stop string has cut the text already
+        if request.detokenizer is not None:
+            request.text += request.detokenizer.finish([])
+            request.detokenizer = None
+            return
+        token_ids = request.output_token_ids
+        if request.finish_reason == "stop":
+            token_ids = token_ids[:-1]
+        request.text = Detokenizer(self._decoder, request.prompt_token_ids).finish(token_ids)
+
+    @staticmethod
+    def _extend_text(request: Request, piece: str, *, look_for_stop: bool) -> None:
+        num_before = len(request.text)
+        request.text += piece
+        if not look_for_stop or not piece:
+            return
+        found: list[tuple[int, str]] = []
+        for stop in request.sampling.stop:
+            at = request.text.find(stop, max(num_before - len(stop) + 1, 0))
+            if at >= 0:
+                found.append((at, stop))
+        if found:
+            at, request.stop_reason = min(found, key=lambda hit: hit[0])
+            request.text = request.text[:at]
