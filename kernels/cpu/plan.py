@@ -1,6 +1,6 @@
 """Which rows of a step are attended together, and where their keys lie: worked out once a step with numpy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,30 @@ from ..metadata import AttentionMetadata, HeadLayout
 
 # Rows whose context is shorter than this share a bucket: padding them costs less than another round of torch calls.
 SHORT_CONTEXT = 256
+# Longer contexts are padded to a multiple of the chunk that torch's flash kernel takes at once. A row then meets
+# matrix products of the same shape alone and in any batch, and so gets the same bits.
+LONG_CONTEXT_STEP = 512
 # Prompts up to this long share a bucket for the same reason.
 SHORT_QUERY = 16
 # Keys gathered at once, in tokens: bounds the copies when many rows have long contexts.
 MAX_GATHERED_TOKENS = 65536
 
 Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of the step as parallel arrays [n]; the visible blocks are first_block and the num_blocks from it."""
+
+    number: Int64Array
+    query_start: Int64Array
+    query_len: Int64Array
+    context_len: Int64Array
+    first_block: Int64Array
+    num_blocks: Int64Array
+
+    def take(self, places: Int64Array) -> "_Rows":
+        return _Rows(*(getattr(self, field.name)[places] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -49,39 +67,38 @@ def plan_buckets(
     meta: AttentionMetadata, heads: HeadLayout, window: int | None, dtype: torch.dtype
 ) -> list[Bucket]:
     """Groups the rows by powers of two of query length and visible context, so that little is padding."""
-    query_lens = meta.query_lens_host.astype(np.int64)
-    context_lens = meta.context_lens_host.astype(np.int64)
-    starts = np.cumsum(query_lens) - query_lens
-    first_visible = np.zeros_like(context_lens)
-    if window is not None:
-        first_visible = np.maximum(context_lens - query_lens - window + 1, 0)
-    first_block = first_visible // meta.block_size
-    num_blocks = -(-context_lens // meta.block_size) - first_block
-    span = np.maximum(num_blocks * meta.block_size, SHORT_CONTEXT)
-    query_class = np.where(query_lens == 1, 0, _log2_up(np.maximum(query_lens, SHORT_QUERY)))
-    _, bucket_of_row = np.unique(query_class * 64 + _log2_up(span), return_inverse=True)
+    rows = _visible_rows(meta, window)
+    query_class = np.where(rows.query_len == 1, 0, _log2_up(np.maximum(rows.query_len, SHORT_QUERY)))
+    context_class = _log2_up(np.maximum(rows.num_blocks * meta.block_size, SHORT_CONTEXT))
+    _, bucket_of_row = np.unique(query_class * 64 + context_class, return_inverse=True)
     buckets = []
     for number in range(int(bucket_of_row.max()) + 1):
         members = np.flatnonzero(bucket_of_row == number)
-        longest = int(num_blocks[members].max()) * meta.block_size
+        longest = int(rows.num_blocks[members].max()) * meta.block_size
+        if longest > SHORT_CONTEXT:
+            longest = -(-longest // LONG_CONTEXT_STEP) * LONG_CONTEXT_STEP
         step = max(1, MAX_GATHERED_TOKENS // longest)
         for begin in range(0, len(members), step):
-            rows = members[begin : begin + step]
-            buckets.append(
-                _bucket(
-                    meta,
-                    heads,
-                    window,
-                    dtype,
-                    rows,
-                    starts[rows],
-                    query_lens[rows],
-                    context_lens[rows],
-                    first_block[rows],
-                    num_blocks[rows],
-                )
-            )
+            some = rows.take(members[begin : begin + step])
+            buckets.append(_bucket(some, -(-longest // meta.block_size), meta, heads, window, dtype))
     return buckets
+
+
+def _visible_rows(meta: AttentionMetadata, window: int | None) -> _Rows:
+    query_len = meta.query_lens_host.astype(np.int64)
+    context_len = meta.context_lens_host.astype(np.int64)
+    first_visible = np.zeros_like(context_len)
+    if window is not None:
+        first_visible = np.maximum(context_len - query_len - window + 1, 0)
+    first_block = first_visible // meta.block_size
+    return _Rows(
+        number=np.arange(len(query_len)),
+        query_start=np.cumsum(query_len) - query_len,
+        query_len=query_len,
+        context_len=context_len,
+        first_block=first_block,
+        num_blocks=-(-context_len // meta.block_size) - first_block,
+    )
 
 
 def _log2_up(values: Int64Array) -> Int64Array:
@@ -89,53 +106,53 @@ def _log2_up(values: Int64Array) -> Int64Array:
 
 
 def _bucket(
+    rows: _Rows,
+    most_blocks: int,
     meta: AttentionMetadata,
     heads: HeadLayout,
     window: int | None,
     dtype: torch.dtype,
-    rows: Int64Array,
-    starts: Int64Array,
-    query_lens: Int64Array,
-    context_lens: Int64Array,
-    first_block: Int64Array,
-    num_blocks: Int64Array,
 ) -> Bucket:
+    """The bucket of these rows, each padded to their longest query and to `most_blocks` blocks."""
     block_size = meta.block_size
-    most_queries = int(query_lens.max())
-    most_blocks = int(num_blocks.max())
+    num_rows = len(rows.number)
+    most_queries = int(rows.query_len.max())
     num_positions = most_blocks * block_size
     num_kv_heads = heads.num_kv_heads
     streams = np.arange(num_kv_heads)
     if most_queries > 1:
         streams = np.repeat(streams, heads.q_per_kv)
+    first_block, context_len, query_len = (
+        x[:, None] for x in (rows.first_block, rows.context_len, rows.query_len)
+    )
 
     query = np.arange(most_queries)
-    query_in_row = np.minimum(query, query_lens[:, None] - 1)
-    tokens = starts[:, None] + query_in_row
-    is_real = query < query_lens[:, None]
+    query_in_row = np.minimum(query, query_len - 1)
+    tokens = rows.query_start[:, None] + query_in_row
+    is_real = query < query_len
 
     # Blocks past a row's end are filled with the row's own first block: masked out, but always readable, and
     # unlike a foreign block it cannot carry another row's NaN into this one.
     column = np.arange(most_blocks)
-    column = first_block[:, None] + np.where(column < num_blocks[:, None], column, 0)
-    block_ids = meta.block_tables.numpy()[rows[:, None], column].astype(np.int64)
+    column = first_block + np.where(column < rows.num_blocks[:, None], column, 0)
+    block_ids = meta.block_tables.numpy()[rows.number[:, None], column].astype(np.int64)
     block_index = block_ids[:, None, :] * num_kv_heads + streams[:, None]
 
     # A weight of 0 does not silence a NaN, so what comes from a slot without a token is set to zero.
-    source = (column[:, :, None] * block_size + np.arange(block_size)).reshape(len(rows), num_positions)
-    row, position = np.nonzero(source >= context_lens[:, None])
+    source = (column[:, :, None] * block_size + np.arange(block_size)).reshape(num_rows, num_positions)
+    row, position = np.nonzero(source >= context_len)
     unwritten = (row[:, None] * len(streams) + np.arange(len(streams))) * num_positions + position[:, None]
 
-    key_position = first_block[:, None] * block_size + np.arange(num_positions)
-    query_position = (context_lens - query_lens)[:, None] + query_in_row
-    visible = key_position[:, None, :] <= query_position[:, :, None]
+    key_position = (first_block * block_size + np.arange(num_positions))[:, None, :]
+    query_position = (context_len - query_len + query_in_row)[:, :, None]
+    visible = key_position <= query_position
     if window is not None:
-        visible &= key_position[:, None, :] > query_position[:, :, None] - window
+        visible &= key_position > query_position - window
     mask = torch.zeros(visible.shape, dtype=dtype)
     mask.masked_fill_(torch.from_numpy(~visible), float("-inf"))
 
     return Bucket(
-        num_rows=len(rows),
+        num_rows=num_rows,
         num_queries=most_queries,
         num_positions=num_positions,
         token_index=torch.from_numpy(tokens.reshape(-1)),
