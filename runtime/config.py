@@ -5,6 +5,7 @@ silently dropped is a wrong run.
 """
 
 import difflib
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -257,3 +258,8 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
         for inner in (field.annotation, *get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from _known_keys(inner, f"{prefix}{name}.")
+
+
+def config_hash(config: JobConfig) -> str:
+    """Equal for equal settings: shards must agree with the coordinator on every one."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]

@@ -1,0 +1,183 @@
+"""From a job's settings to a running model: resolve, plan, start the shards, build the coordinator."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ..parallel.shard_map import ShardMap
+from ..runtime.config import JobConfig
+from ..runtime.coordinator.executor import Executor, ShardInfo
+from ..runtime.coordinator.launcher import Launcher
+from ..runtime.coordinator.limits import Limits
+from ..runtime.coordinator.loop import Coordinator
+from ..runtime.coordinator.remote import CacheSize, RemoteExecutor
+from ..runtime.coordinator.request import Request
+from ..runtime.errors import ConfigError, RequestError
+from ..runtime.models.checkpoint_index import read_index
+from ..runtime.models.resolve import resolve_model
+from ..runtime.models.spec import ModelSpec
+from ..runtime.models.tokenizer import load_tokenizer
+from ..runtime.observe.memory_plan import MemoryPlan, plan_memory, resolve_dtype
+from ..runtime.paths import cache_dir
+from ..runtime.sampling_params import SamplingParams
+
+Messages = Sequence[dict[str, Any]]
+
+
+class Engine:
+    """A model that runs: its shards, the coordinator that drives them and the tokenizer. Use `Engine.start`."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        tokenizer: Any,
+        executor: Executor,
+        shards: list[ShardInfo],
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.executor = executor
+        self.shards = shards
+        self.coordinator = Coordinator(
+            executor,
+            Limits.from_config(config, num_blocks=plan.num_blocks, max_model_len=plan.max_model_len),
+            eos_token_ids=spec.eos_token_ids,
+            tokenizer=tokenizer,
+        )
+
+    @classmethod
+    def start(
+        cls,
+        config: JobConfig,
+        *,
+        launcher: Launcher | None = None,
+        on_status: Callable[[str], None] = lambda _: None,
+    ) -> Self:
+        """Start what `config` asks for; `launcher` replaces the one it names (torchrun's workers run already).
+
+        Raises ConfigError or CheckpointError before a weight is read when the job cannot work or does
+        not fit, and ShardError when a shard fails to start.
+        """
+        on_status(f"reading {config.model}")
+        model_path = resolve_model(config.model, config.revision)
+        index = read_index(model_path)
+        shard_map = ShardMap.build(index.spec.dims, config.tensor_parallel_size, config.shard_weights)
+        if launcher is None:
+            launcher = _launcher(config)
+        config = resolve_device(config, launcher)
+        device_kind = "cuda" if config.device == "cuda" else "cpu"
+        planned: list[MemoryPlan] = []
+
+        def size_cache(memory: list[int] | None) -> CacheSize:
+            plan = plan_memory(config, index.spec, shard_map, device_kind, memory)
+            plan.require_fit()
+            planned.append(plan)
+            return CacheSize(plan.num_blocks, plan.max_model_len)
+
+        size_cache(None)  # what is wrong whatever the memory is said before anything is started
+        tokenizer = load_tokenizer(model_path, config.tokenizer, cache_dir())
+        if config.chat_template is not None:
+            tokenizer.chat_template = _read_template(config.chat_template)
+        executor = _executor(config, launcher, str(model_path.resolve()), size_cache)
+        on_status(f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}")
+        try:
+            shards = executor.start()
+        except BaseException:
+            executor.close()
+            raise
+        return cls(config, index.spec, planned[-1], tokenizer, executor, shards)
+
+    def make_request(self, request_id: str, prompt: "str | Sequence[int] | Messages", sampling: SamplingParams) -> Request:
+        """A request from a text, token ids, or chat messages. Raises RequestError when it cannot be tokenised."""
+        return Request.new(request_id, self._token_ids(request_id, prompt), sampling, self.config.seed)
+
+    def _token_ids(self, request_id: str, prompt: "str | Sequence[int] | Messages") -> list[int]:
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt)["input_ids"])
+        if all(isinstance(item, int) for item in prompt):
+            ids = [int(item) for item in prompt if isinstance(item, int)]
+            bad = next((i for i in ids if not 0 <= i < self.spec.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f'request "{request_id}": token id {bad} is not in the vocabulary of {self.spec.vocab_size}'
+                )
+            return ids
+        if self.tokenizer.chat_template is None:
+            raise RequestError(
+                f'request "{request_id}": it has messages and the tokenizer has no chat template; '
+                "set chat_template or send a prompt"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it may raise anything
+            raise RequestError(f'request "{request_id}": the chat template refused it: {error}') from None
+        # The template writes the special tokens itself, BOS included.
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def resolve_device(config: JobConfig, launcher: Launcher | None = None) -> JobConfig:
+    """`config` with `device` and `dtype` decided. auto is cuda when every shard can have a GPU."""
+    device = config.device
+    if device == "auto":
+        if config.launcher == "ray" and launcher is not None:
+            from .ray import RayLauncher
+
+            assert isinstance(launcher, RayLauncher), "launcher: ray has a RayLauncher"
+            num_gpus = launcher.num_gpus()
+        else:
+            import torch
+
+            num_gpus = torch.cuda.device_count()
+        wanted = 1 if config.launcher == "torchrun" else config.tensor_parallel_size
+        device = "cuda" if num_gpus >= wanted else "cpu"
+    dtype = resolve_dtype(config.dtype, device)
+    return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _launcher(config: JobConfig) -> Launcher | None:
+    """What starts the shards; None when the one shard runs in this process."""
+    if config.launcher == "ray":
+        from .ray import RayLauncher
+
+        return RayLauncher(config)
+    if config.tensor_parallel_size == 1:
+        return None
+    from .local import LocalLauncher
+
+    return LocalLauncher(config)
+
+
+def _executor(
+    config: JobConfig,
+    launcher: Launcher | None,
+    model_path: str,
+    size_cache: Callable[[list[int] | None], CacheSize],
+) -> Executor:
+    if launcher is not None:
+        return RemoteExecutor(launcher, config, model_path, size_cache)
+    from .local import InProcessExecutor, local_memory_bytes
+
+    return InProcessExecutor(config, model_path, size_cache([local_memory_bytes(config)]))
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read chat_template={path}: {error}") from None

@@ -1,0 +1,77 @@
+"""Forks shard processes from one process that has imported torch already.
+
+Importing torch takes seconds of CPU time a process; forked shards share the imported pages. A user's
+script needs no `if __name__ == "__main__"` guard, since it is never imported again.
+
+Protocol, on stdin and stdout: the parent writes length-prefixed jobs, then keeps stdin open; the
+nursery writes a line "rank status" for each child that ends, status as in os.waitpid. When stdin is
+closed, because the parent is done or dead, the children are killed.
+"""
+
+import os
+import select
+import signal
+import struct
+import sys
+
+from kvshard.runtime.messages import ShardJob
+from kvshard.runtime.shard.main import run_shard
+
+LENGTH = struct.Struct("<I")
+
+
+def main() -> None:
+    source, report = sys.stdin.buffer, sys.stdout.fileno()
+    # A child must not write into the report pipe, and Ctrl-C is the coordinator's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (num_jobs,) = LENGTH.unpack(source.read(LENGTH.size))
+    jobs = [ShardJob.from_bytes(source.read(LENGTH.unpack(source.read(LENGTH.size))[0])) for _ in range(num_jobs)]
+    wake, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake_write)
+    children: dict[int, int] = {}
+    for job in jobs:
+        pid = os.fork()
+        if pid == 0:
+            _run_child(job, wake, wake_write)
+        children[pid] = job.rank
+    while children:
+        ready, _, _ = select.select([source, wake], [], [])
+        if wake in ready:
+            os.read(wake, 64)
+            _reap(children, report)
+        if source in ready:
+            break
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+def _run_child(job: ShardJob, *descriptors: int) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)  # what a library prints goes to stderr
+    status = 1
+    try:
+        run_shard(job)
+        status = 0
+    finally:
+        # Not sys.exit: the parent's exit handlers and buffers are not this process's.
+        os._exit(status)
+
+
+def _reap(children: dict[int, int], report: int) -> None:
+    for pid in list(children):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            os.write(report, b"%d %d\n" % (children.pop(pid), status))
+
+
+if __name__ == "__main__":
+    main()

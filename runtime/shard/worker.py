@@ -1,0 +1,155 @@
+"""One shard's model, cache and sampler: plans in, results out. No sockets here."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ...parallel.group import Group
+from ...parallel.shard_map import ShardMap
+from ..config import JobConfig
+from ..coordinator.plan import NO_TOKEN, Float32, Int32, StepPlan, StepResult
+from ..models.checkpoint import Checkpoint
+from .decoder import Decoder
+from .kv_cache import KVCache
+from .sampler import Sampler
+from .slots import Slots
+from .weights import load_weights
+
+
+class Worker:
+    """Built in two steps, as the number of blocks is agreed once every rank has its weights."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        checkpoint: Checkpoint,
+        shard_map: ShardMap,
+        group: Group,
+        max_model_len: int,
+    ) -> None:
+        """Load this rank's slices. Raises CheckpointError."""
+        self._config = config
+        self._spec = checkpoint.spec
+        self._max_model_len = max_model_len
+        self.group = group
+        self.shard = shard_map.shard(group.rank)
+        self.device = group.device
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        weights = load_weights(checkpoint, self._spec, self.shard, self._dtype, self.device)
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()}
+        self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
+        self.decoder = Decoder(self._spec, self.shard, weights, group, max_model_len)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache and the slots; plans may be run from here on."""
+        cache, scheduler = self._config.cache, self._config.scheduler
+        self.cache = KVCache(
+            self._spec,
+            self.shard,
+            num_blocks=num_blocks,
+            block_size=cache.block_size,
+            dtype=self._dtype if cache.dtype == "auto" else getattr(torch, cache.dtype),
+            device=self.device,
+        )
+        self._slots = Slots(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self._max_model_len,
+            block_size=cache.block_size,
+            device=self.device,
+        )
+        self._sampler = Sampler(
+            self.group, self.shard.vocab_rows, self._spec.vocab_size, scheduler.max_num_seqs, self.device
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> "PendingResult":
+        """Launch one step. On CUDA the result is still being computed when this returns."""
+        started = _Clock(self.device)
+        inputs = self._slots.apply(plan)
+        for opened in plan.opened:
+            self._sampler.open(opened.slot, opened.sampling)
+        logits = self.decoder.forward(inputs, self.cache)
+        pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
+        if len(inputs.sample_slots):
+            token_ids, logprobs = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
+            self._slots.store_sampled(inputs.sample_slots, token_ids)
+            pending.fetch(token_ids, logprobs)
+        pending.finish()
+        return pending
+
+
+class _Clock:
+    """Time since it was made, in the stream's order: events on CUDA, the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._start = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def until(self, end: torch.cuda.Event | None) -> float:
+        """Milliseconds up to `end`, or up to now without one."""
+        if self._event is None or end is None:
+            return (time.perf_counter() - self._start) * 1e3
+        return self._event.elapsed_time(end)
+
+
+class PendingResult:
+    """A launched step whose tokens may still be on their way from the device."""
+
+    def __init__(self, plan: StepPlan, device: torch.device, deadline_s: float, clock: _Clock) -> None:
+        self._plan = plan
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._token_ids: torch.Tensor | None = None
+        self._logprobs: torch.Tensor | None = None
+        self._done = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._forward_ms = 0.0
+
+    def fetch(self, token_ids: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+        """Start the copies to the host; nothing waits for them here."""
+        self._token_ids = _to_host(token_ids)
+        self._logprobs = None if logprobs is None else _to_host(logprobs)
+
+    def finish(self) -> None:
+        if self._done is not None:
+            self._done.record()
+        else:
+            self._forward_ms = self._clock.until(None)
+
+    def ready(self) -> bool:
+        return self._done is None or self._done.query()
+
+    def wait(self) -> StepResult:
+        """The result. Raises TimeoutError when the device is not done within the step's deadline."""
+        if self._done is not None:
+            _poll(self._done.query, self._deadline_s, f"step {self._plan.step_id}")
+            self._forward_ms = self._clock.until(self._done)
+        samples = self._plan.row_samples
+        token_ids: Int32 = np.full(len(samples), NO_TOKEN, np.int32)
+        logprobs: Float32 | None = None
+        if self._token_ids is not None:
+            token_ids[samples] = self._token_ids.numpy()
+        if self._logprobs is not None:
+            logprobs = np.zeros(len(samples), np.float32)
+            logprobs[samples] = self._logprobs.numpy()
+        return StepResult(self._plan.epoch, self._plan.step_id, token_ids, logprobs, self._forward_ms)
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    if values.device.type == "cpu":
+        return values
+    # Only a copy into pinned memory is asynchronous.
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def _poll(done: Callable[[], bool], deadline_s: float, what: str) -> None:
+    """Wait for the device without blocking other threads; an event cannot be waited for with a deadline."""
+    pause, deadline = threading.Event(), time.monotonic() + deadline_s
+    while not done():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not finish on the device within timeouts.step_s={deadline_s:g} s")
+        pause.wait(50e-6)
