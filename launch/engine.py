@@ -160,7 +160,7 @@ def _launcher(config: JobConfig) -> Launcher | None:
         return None
     from .local import LocalLauncher
 
-    return LocalLauncher(config)
+    return LocalLauncher(config.tensor_parallel_size)
 
 
 def _executor(

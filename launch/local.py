@@ -81,23 +81,21 @@ def local_memory_bytes(config: JobConfig) -> int:
 class LocalLauncher:
     """Shard processes on this host."""
 
-    def __init__(self, config: JobConfig) -> None:
-        self._config = config
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._nursery: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._ended: dict[int, str] = {}
 
-    def place(self) -> list[Placement]:
-        config = self._config
-        if config.device == "cpu":
-            return [Placement("localhost", True, "cpu") for _ in range(config.tensor_parallel_size)]
+    def place(self, device: str) -> list[Placement]:
+        size = self._size
+        if device == "cpu":
+            return [Placement("localhost", True, "cpu")] * size
         # With fewer GPUs than shards they share one: slow, but the way to try a large size on one GPU.
         num_gpus = torch.cuda.device_count()
         if num_gpus == 0:
             raise ConfigError("device=cuda and this host has no CUDA device; use device: cpu or auto")
-        return [
-            Placement("localhost", True, f"cuda:{rank % num_gpus}") for rank in range(config.tensor_parallel_size)
-        ]
+        return [Placement("localhost", True, f"cuda:{rank % num_gpus}") for rank in range(size)]
 
     def start(self, jobs: list[ShardJob]) -> None:
         self._nursery = subprocess.Popen(

@@ -76,7 +76,7 @@ class RayLauncher:
     """A placement group of one bundle a shard, and one actor in each bundle."""
 
     def __init__(self, config: JobConfig) -> None:
-        self._config = config  # its device is resolved by the time place() is called
+        self._config = config
         self._group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._joins: dict[Any, int] = {}
@@ -87,10 +87,10 @@ class RayLauncher:
         self._connect()
         return int(ray.cluster_resources().get("GPU", 0))
 
-    def place(self) -> list[Placement]:
+    def place(self, device: str) -> list[Placement]:
         self._connect()
         size = self._config.tensor_parallel_size
-        bundle = self._bundle(size)
+        bundle = _bundle(device, size)
         self._group = placement_group([bundle] * size, strategy="PACK")
         if not self._group.wait(self._config.timeouts.place_s):
             raise ConfigError(self._no_room(bundle, size))
@@ -109,8 +109,8 @@ class RayLauncher:
         driver = ray.get_runtime_context().get_node_id()
         order = sorted(range(size), key=lambda i: (places[i][0] != driver, places[i][0], places[i][2], i))
         self._actors = [actors[i] for i in order]
-        device = "cuda:0" if self._config.device == "cuda" else "cpu"  # Ray shows an actor only its own GPU
-        return [Placement(places[i][1], places[i][0] == driver, device) for i in order]
+        own = "cuda:0" if device == "cuda" else "cpu"  # Ray shows an actor only its own GPU
+        return [Placement(places[i][1], places[i][0] == driver, own) for i in order]
 
     def start(self, jobs: list[ShardJob]) -> None:
         for actor, job in zip(self._actors, jobs, strict=True):
@@ -162,14 +162,6 @@ class RayLauncher:
             raise ConfigError(f"cannot join {where}: {error}; check ray.address, or null to start one here") from None
         self._started_ray = True
 
-    def _bundle(self, size: int) -> dict[str, float]:
-        """Resources of one shard. CPU shards take fractions, so that more shards than cores can run."""
-        if self._config.device == "cuda":
-            return {"CPU": 1.0, "GPU": 1.0}
-        cores = ray.cluster_resources().get("CPU", 1.0)
-        share = math.floor(100 * min(MAX_CPUS_PER_SHARD, cores / size)) / 100
-        return {"CPU": max(MIN_CPUS_PER_SHARD, share)}
-
     def _no_room(self, bundle: dict[str, float], size: int) -> str:
         free = ray._private.state.available_resources_per_node()
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in bundle.items())
@@ -195,3 +187,12 @@ class RayLauncher:
                 f"a shard actor did not start: {error}; is kvshard installed on every node, in the same version?"
             ) from None
         return places
+
+
+def _bundle(device: str, size: int) -> dict[str, float]:
+    """Resources of one shard. CPU shards take fractions, so that more shards than cores can run."""
+    if device == "cuda":
+        return {"CPU": 1.0, "GPU": 1.0}
+    cores = ray.cluster_resources().get("CPU", 1.0)
+    share = math.floor(100 * min(MAX_CPUS_PER_SHARD, cores / size)) / 100
+    return {"CPU": max(MIN_CPUS_PER_SHARD, share)}

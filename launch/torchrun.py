@@ -153,13 +153,12 @@ def _address() -> str:
 class TorchrunLauncher:
     """The coordinator's side: the workers run already, they only wait for their jobs."""
 
-    def __init__(self, config: JobConfig, places: list[tuple[str, int]], jobs_fd: int) -> None:
-        self._config = config
+    def __init__(self, places: list[tuple[str, int]], jobs_fd: int) -> None:
         self._places = places
         self._jobs_fd = jobs_fd
 
-    def place(self) -> list[Placement]:
-        cuda = self._config.device == "cuda"
+    def place(self, device: str) -> list[Placement]:
+        cuda = device == "cuda"
         return [
             Placement(host, host == self._places[0][0], f"cuda:{local_rank}" if cuda else "cpu")
             for host, local_rank in self._places
@@ -186,7 +185,7 @@ def main() -> int:
     source = sys.stdin.buffer
     config_json, options, places = unpack(source.read(LENGTH.unpack(source.read(LENGTH.size))[0]))
     config = JobConfig.model_validate_json(config_json)
-    launcher = TorchrunLauncher(config, [(host, local_rank) for host, local_rank in places], int(sys.argv[1]))
+    launcher = TorchrunLauncher([(host, local_rank) for host, local_rank in places], int(sys.argv[1]))
     return execute_job(config, launcher=launcher, **options)
 
 

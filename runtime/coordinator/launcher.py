@@ -18,8 +18,8 @@ class Placement:
 class Launcher(Protocol):
     """Starts shard processes and watches them; says nothing to them afterwards."""
 
-    def place(self) -> list[Placement]:
-        """Where each rank will run, in rank order. Raises ConfigError when there is no room in time."""
+    def place(self, device: str) -> list[Placement]:
+        """Where each rank will run, in rank order; `device` is cpu or cuda. Raises ConfigError when there is no room in time."""
 
     def start(self, jobs: list[ShardJob]) -> None:
         """Start one process a job; returns without waiting for them."""

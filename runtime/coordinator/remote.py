@@ -53,7 +53,7 @@ class RemoteExecutor:
     def start(self) -> list[ShardInfo]:
         """Place, start and load the shards. Raises ConfigError or ShardError."""
         config = self._config
-        placements = self._launcher.place()
+        placements = self._launcher.place(config.device)
         self._hosts = [placement.host for placement in placements]
         self._channel = ControlChannel(
             address=self._address(placements),
