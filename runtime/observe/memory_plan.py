@@ -9,7 +9,7 @@ Per shard, in bytes:
       logits      = max_num_seqs * vocabulary rows * (dtype + 12)     raw, float32 copy, sampler's keys and noise
       rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
       gathered    = CPU only: K and V of one attention call, a stream per query head, and its mask
-      runtime     = CUDA: 512 MiB context, 512 MiB graphs, 512 MiB NCCL when there are more shards; CPU: 512 MiB
+      runtime     = CUDA: 512 MiB context, 512 MiB graphs, 512 MiB NCCL when there are more shards; CPU: 256 MiB
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
 `memory_fraction * memory` after weights and reserve holds the blocks; the smallest number over the ranks counts for all.
@@ -210,7 +210,7 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     gathered_tokens = min(scheduler.max_num_seqs * longest, max(CPU_GATHERED_TOKENS, longest))
     gathered = gathered_tokens * 2 * q_heads * spec.head_dim * dtype_bytes
     mask = 2 * scheduler.max_num_batched_tokens * longest * dtype_bytes  # twice: rows padded to one length
-    return activations + logits + rotary + gathered + mask + 512 * _MIB
+    return activations + logits + rotary + gathered + mask + 256 * _MIB
 
 
 def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:

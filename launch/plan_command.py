@@ -1,0 +1,172 @@
+"""`kvshard plan`: what every shard would hold and whether it fits, from the job file and headers alone."""
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..parallel.shard_map import ShardMap
+from ..runtime.config import JobConfig, load_config, parse_overrides
+from ..runtime.errors import ConfigError
+from ..runtime.models.checkpoint_index import read_index
+from ..runtime.models.families import spec_from_config
+from ..runtime.models.fields import Fields
+from ..runtime.models.resolve import resolve_model
+from ..runtime.models.spec import ModelSpec
+from ..runtime.observe.memory_plan import (
+    DeviceKind,
+    MemoryPlan,
+    gib,
+    host_memory_bytes,
+    memory_fraction,
+    plan_memory,
+)
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for base, suffix in ((1000, "b"), (1024, "ib"))
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+def plan(
+    job: Annotated[Path, typer.Argument(help="The job file.")],
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for devices that are not here: bytes of each, as 80GiB, or one a shard, as 80GiB,40GiB. "
+            "Means GPUs unless the job says device: cpu, where it is each shard's share of the host."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: key.sub=value. May be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what each shard would hold, without reading weights. Exit code 2 when the job does not fit."""
+    config = load_config(job, parse_overrides(overrides or []))
+    memory = None if device_memory is None else parse_sizes(device_memory)
+    spec = read_spec(config)
+    shard_map = ShardMap.build(spec.dims, config.tensor_parallel_size, config.shard_weights)
+    device_kind = _device_kind(config, planned=memory is not None)
+    if memory is None:
+        memory = _memory_here(device_kind, config.tensor_parallel_size)
+    elif len(memory) == 1:
+        memory *= config.tensor_parallel_size
+    result = plan_memory(config, spec, shard_map, device_kind, memory)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict() | {"model": config.model}, indent=2))
+    else:
+        _print(Console(), config, result)
+    if result.problem is not None:
+        raise typer.Exit(2)
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`80GiB` or `80GiB,40GiB` to bytes; GB is 1000**3 and GiB 1024**3. Raises ConfigError."""
+    sizes = []
+    for part in text.split(","):
+        match = _SIZE.fullmatch(part.strip())
+        unit = match and _UNITS.get(match[2].lower())
+        if match is None or unit is None or not float(match[1]):
+            raise ConfigError(
+                f"--device-memory {text}: write a size like 80GiB, or one a shard like 80GiB,40GiB"
+            )
+        sizes.append(int(float(match[1]) * unit))
+    return sizes
+
+
+def read_spec(config: JobConfig) -> ModelSpec:
+    """The model's sizes. Of a hub model only config.json is fetched. Raises CheckpointError or ConfigError."""
+    model = config.model
+    is_hub_id = (
+        model.count("/") == 1 and not model.startswith((".", "~", "/")) and not model.endswith(".gguf")
+    )
+    if not is_hub_id or Path(model).is_dir():
+        return read_index(resolve_model(model, config.revision)).spec
+    from huggingface_hub import hf_hub_download  # 0.5 s to import, and only hub ids need it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        path = Path(hf_hub_download(model, "config.json", revision=config.revision))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model={model}: config.json could not be fetched from the hub: {reason}"
+        ) from error
+    return spec_from_config(Fields(str(path), json.loads(path.read_text(encoding="utf-8"))), Fields("", {}))
+
+
+def _device_kind(config: JobConfig, planned: bool) -> DeviceKind:
+    if config.device != "auto":
+        return config.device
+    if planned:
+        return "cuda"
+    return "cuda" if len(_gpu_memory()) >= config.tensor_parallel_size else "cpu"
+
+
+def _memory_here(device_kind: DeviceKind, world_size: int) -> list[int]:
+    """What each rank may count on when all shards run on this host."""
+    if device_kind == "cpu":
+        return [host_memory_bytes() // world_size] * world_size
+    gpus = _gpu_memory()
+    if not gpus:
+        raise ConfigError(
+            "device=cuda and there is no GPU here: say what to plan for with --device-memory 80GiB"
+        )
+    device_of = [rank % len(gpus) for rank in range(world_size)]
+    num_ranks = Counter(device_of)
+    return [gpus[device] // num_ranks[device] for device in device_of]
+
+
+def _gpu_memory() -> list[int]:
+    import torch  # takes a second, and most plans are for other machines
+
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+
+
+def _print(console: Console, config: JobConfig, result: MemoryPlan) -> None:
+    table = Table(title=f"{os.path.basename(config.model)}: {len(result.shards)} x {result.device_kind}")
+    for column in (
+        "shard",
+        "query heads",
+        "KV heads",
+        "weights",
+        "KV per token",
+        "KV cache",
+        "reserve",
+        "total",
+        "may use",
+    ):
+        table.add_column(column, justify="right")
+    for shard in result.shards:
+        table.add_row(
+            str(shard.rank),
+            str(shard.num_q_heads),
+            str(shard.num_kv_heads),
+            gib(shard.weight_bytes),
+            f"{shard.kv_bytes_per_token:,} B",
+            gib(shard.kv_bytes),
+            gib(shard.reserve_bytes),
+            gib(shard.total_bytes),
+            "?" if shard.usable_bytes is None else gib(shard.usable_bytes),
+        )
+    console.print(table)
+    fraction = memory_fraction(config.cache, result.device_kind)
+    console.print(f"dtype: {result.dtype}, cache {result.cache_dtype}; cache.memory_fraction {fraction:g}")
+    console.print(
+        f"cache: {result.num_blocks:,} blocks of {result.block_size} tokens, {result.num_tokens:,} tokens; "
+        f"longest request {result.longest_request:,} of {result.max_model_len:,} tokens"
+    )
+    if result.problem is None:
+        console.print("[green]fits[/green]")
+    else:
+        console.print("[red]does not fit:[/red] ", end="")
+        console.print(result.problem, markup=False, highlight=False, soft_wrap=True)
