@@ -91,7 +91,8 @@ class Group:
         transport: Transport | None = None
         if backend == "shared_memory":
             native = library if all(hello["native"] for hello in hellos) else None
-            transport = _attach_all(meeting, hellos, max_bytes, timeout_s, native)
+            name = f"kvshard {job_id} {epoch}"
+            transport = _attach_all(meeting, name, hellos, max_bytes, timeout_s, native)
         elif backend == "nccl":
             transport = NcclTransport(store, rank, world_size, timeout_s, device)
         if transport is None:
@@ -230,6 +231,7 @@ def _choose(hellos: list[dict[str, Any]]) -> str:
 
 def _attach_all(
     meeting: _Meeting,
+    name: str,
     hellos: list[dict[str, Any]],
     max_bytes: int,
     timeout_s: float,
@@ -242,7 +244,7 @@ def _attach_all(
         if meeting.rank == 0:
             slot_bytes = min(max(max_bytes, _MIN_SLOT_BYTES), _MAX_SLOT_BYTES)
             try:
-                segment, descriptor, nonce = shared_memory_layout.create(meeting.world_size, slot_bytes)
+                segment, descriptor, nonce = shared_memory_layout.create(name, meeting.world_size, slot_bytes)
             except OSError:
                 meeting.put("segment", None)
             else:

@@ -35,6 +35,7 @@ _RECORD_AT = 64
 _RECORD_BYTES = RANK_BYTES - _RECORD_AT
 _PAGE_BYTES = 4096
 _NONCE_BYTES = 32
+_MAX_NAME = 60  # characters, so at most 240 bytes of the 249 that Linux takes
 _HEADER = struct.Struct(f"={_NONCE_BYTES}sQQ")
 _WORD = struct.Struct("=Q")
 
@@ -78,11 +79,12 @@ def slots_at(world_size: int) -> int:
     return _round_up(RANKS_AT + world_size * RANK_BYTES)
 
 
-def create(world_size: int, slot_bytes: int) -> tuple[Segment, int, str]:
-    """Rank 0: a new segment, its file descriptor, and its nonce in hex. The descriptor is closed by the caller, once
+def create(name: str, world_size: int, slot_bytes: int) -> tuple[Segment, int, str]:
+    """Rank 0: a new segment, its file descriptor, and its nonce in hex. The name is only for people who look into
+    /proc/PID/maps. The descriptor is closed by the caller, once
     all ranks have attached. Raises OSError where the system has no memory files."""
     slot_bytes = _round_up(slot_bytes)
-    descriptor = os.memfd_create("kvshard", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create(name[:_MAX_NAME], os.MFD_CLOEXEC)
     try:
         size = slots_at(world_size) + world_size * 2 * slot_bytes
         os.ftruncate(descriptor, size)

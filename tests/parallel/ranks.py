@@ -1,12 +1,20 @@
-"""Runs a function as several real processes, one a rank, that meet through a store."""
+"""Runs a function as several real processes, one a rank, that meet through a store.
+
+The processes are forked from a server that has imported torch, so they start in milliseconds. They find the function
+by its file and name, since pytest's importlib mode leaves test modules off sys.path.
+"""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import runpy
+import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -16,7 +24,9 @@ import torch
 from kvshard.parallel.group import Group
 from torch.distributed import FileStore, Store
 
-_CONTEXT = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch.distributed", "kvshard.parallel.group", "pytest"])
+_RANK_MAIN = "rank_main"
 
 
 class Ranks:
@@ -33,8 +43,9 @@ class Ranks:
         self.processes: list[Any] = []
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe(duplex=False)
+            request = (theirs, fn.__code__.co_filename, fn.__name__, path, rank, world_size, args)
             process = _CONTEXT.Process(
-                target=_main, args=(theirs, fn, path, rank, world_size, *args), daemon=True
+                target=runpy.run_path, args=(__file__, {"request": request}, _RANK_MAIN), daemon=True
             )
             process.start()
             theirs.close()
@@ -92,6 +103,7 @@ def connect(
     epoch: int = 0,
     timeout_s: float = 30,
     max_bytes: int = 0,
+    job_id: str = "test",
 ) -> Group:
     """A CPU group; "gloo" is had by ranks that say they are on different hosts."""
     group = Group.connect(
@@ -99,7 +111,7 @@ def connect(
         rank=rank,
         world_size=world_size,
         epoch=epoch,
-        job_id="test",
+        job_id=job_id,
         device="cpu",
         host_id=f"host {rank}" if backend == "gloo" else "host",
         timeout_s=timeout_s,
@@ -112,12 +124,20 @@ def connect(
 
 
 def _main(
-    pipe: Connection, fn: Callable[..., Any], path: str, rank: int, world_size: int, *args: Any
+    pipe: Connection, file: str, name: str, store_path: str, rank: int, world_size: int, args: Sequence[Any]
 ) -> None:
     torch.set_num_threads(1)
     try:
-        pipe.send(("result", fn(FileStore(path, world_size), rank, world_size, *args)))
+        package = types.ModuleType("rank_tests")
+        package.__path__ = [str(Path(file).parent)]
+        sys.modules["rank_tests"] = package
+        fn = getattr(importlib.import_module(f"rank_tests.{Path(file).stem}"), name)
+        pipe.send(("result", fn(FileStore(store_path, world_size), rank, world_size, *args)))
     except BaseException:  # noqa: BLE001 - the parent raises it
         pipe.send(("error", traceback.format_exc()))
     pipe.close()
     os._exit(0)  # a rank may have left gloo work behind that cannot be cancelled
+
+
+if __name__ == _RANK_MAIN:
+    _main(*globals()["request"])

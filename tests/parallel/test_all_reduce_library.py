@@ -1,0 +1,40 @@
+"""The compiled ring: made once, kept in the user's cache, and not needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kvshard.parallel.shared_memory_native import load_library
+
+
+def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_library() is not None
+    (library,) = (tmp_path / "kvshard").iterdir()
+    made = library.stat().st_mtime_ns
+    assert load_library() is not None
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "kvshard").iterdir()] == [made]
+    assert (tmp_path / "kvshard").stat().st_mode & 0o077 == 0
+
+
+def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert load_library() is None
+
+
+def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert load_library() is None
+    assert not list((tmp_path / "cache" / "kvshard").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert load_library() is None
