@@ -1,8 +1,16 @@
 """Checks before any test runs."""
 
+import os
 from pathlib import Path
 
 import kvshard
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, which transformers does too.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest_plugins = ["models_factory"]  # the `demo_model` fixture
 
 # A copy installed elsewhere would let every test pass without reading this checkout.
 _CHECKOUT = Path(__file__).resolve().parent.parent

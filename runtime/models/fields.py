@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import ConfigError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged, or of a kind that is not supported; the message says which and where."""
 
 

@@ -38,8 +38,10 @@ def spec_from_config(config: Fields, generation: Fields, architecture: str) -> M
         raise CheckpointError(f"{config.source}: dtype={dtype!r} is not supported; use {', '.join(DTYPES)}")
     hidden_size = config.integer("hidden_size")
     num_q_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer("num_key_value_heads", num_q_heads)
     num_layers = config.integer("num_hidden_layers")
     head_dim = config.integer("head_dim", max(1, hidden_size // num_q_heads))
+    _check_heads(config.source, num_q_heads, num_kv_heads, head_dim)
     max_positions = config.integer("max_position_embeddings", 2048)
     bos = config.token_ids("bos_token_id")
     return ModelSpec(
@@ -47,7 +49,7 @@ def spec_from_config(config: Fields, generation: Fields, architecture: str) -> M
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_q_heads=num_q_heads,
-        num_kv_heads=config.integer("num_key_value_heads", num_q_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size"),
         vocab_size=config.integer("vocab_size"),
@@ -107,8 +109,10 @@ def spec_from_gguf(
     metadata.refuse("llama.rope.scaling.type", "none", "linear")
     hidden_size = metadata.integer("llama.embedding_length")
     num_q_heads = metadata.integer("llama.attention.head_count")
+    num_kv_heads = metadata.integer("llama.attention.head_count_kv", num_q_heads)
     num_layers = metadata.integer("llama.block_count")
     head_dim = metadata.integer("llama.attention.key_length", max(1, hidden_size // num_q_heads))
+    _check_heads(metadata.source, num_q_heads, num_kv_heads, head_dim)
     metadata.refuse("llama.attention.value_length", head_dim)
     metadata.refuse("llama.rope.dimension_count", head_dim)
     scaling: LinearScaling | FrequencyFactors | None = None
@@ -127,7 +131,7 @@ def spec_from_gguf(
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_q_heads=num_q_heads,
-        num_kv_heads=metadata.integer("llama.attention.head_count_kv", num_q_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=metadata.integer("llama.feed_forward_length"),
         vocab_size=vocab_size,
@@ -140,6 +144,15 @@ def spec_from_gguf(
         bos_token_id=bos[0] if bos else None,
         checkpoint_dtype=checkpoint_dtype,
     )
+
+
+def _check_heads(source: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    if num_q_heads % num_kv_heads:
+        raise CheckpointError(
+            f"{source}: {num_q_heads} query heads are not a multiple of {num_kv_heads} KV heads"
+        )
+    if head_dim % 2:
+        raise CheckpointError(f"{source}: head_dim={head_dim} is odd; rotary embedding pairs its elements")
 
 
 def _merged(*ids: tuple[int, ...]) -> tuple[int, ...]:

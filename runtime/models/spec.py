@@ -89,10 +89,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         assert len(self.layer_windows) == self.num_layers, "one window per layer"
-        if self.rotary.rotary_dim % 2 or self.rotary.rotary_dim > self.head_dim:
-            raise ValueError(
-                f"rotary_dim={self.rotary.rotary_dim} must be even and at most head_dim={self.head_dim}"
-            )
+        assert self.num_q_heads % self.num_kv_heads == 0, "KV groups of equal size"
+        assert self.rotary.rotary_dim % 2 == 0, "rotary pairs"
 
     @property
     def dims(self) -> ModelDims:
