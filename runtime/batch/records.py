@@ -154,6 +154,7 @@ def _read_request(row_id: str, body: dict[str, Any], defaults: SamplingParams) -
     for key, value in given.items():
         name = _ALIASES.get(key, key)
         if name in _SAMPLING:
+            value = tuple(value) if isinstance(value, list) else value
             if fields.setdefault(name, value) != value:
                 raise RequestError(f"max_tokens={fields[name]} and max_completion_tokens differ; give one")
         elif key in _NEUTRAL and value not in _NEUTRAL[key]:
@@ -178,8 +179,8 @@ def _read_sampling(fields: dict[str, Any], defaults: SamplingParams) -> Sampling
     if isinstance(fields.get("logprobs"), bool):  # as chat requests say it
         fields["logprobs"] = 0 if fields["logprobs"] else None
     try:
-        # Strict, so that "max_tokens": "5" or true is an error; JSON, where a list may fill a tuple.
-        return SamplingParams.model_validate_json(json.dumps(defaults.model_dump() | fields), strict=True)
+        # Strict, so that "max_tokens": "5" or true is an error.
+        return SamplingParams.model_validate(defaults.model_dump() | fields, strict=True)
     except ValidationError as error:
         raise RequestError("; ".join(_explain(problem) for problem in error.errors())) from None
 

@@ -1,0 +1,255 @@
+"""The Python API: `LLM(...).generate(prompts, sampling_params)`, with outputs shaped like vLLM's."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+
+from ..runtime.batch.records import Prompt
+from ..runtime.config import parse_config
+from ..runtime.coordinator.request import Request
+from ..runtime.errors import ConfigError, RequestError
+from ..runtime.observe.progress import NoProgress, make_progress
+from ..runtime.sampling_params import SamplingParams
+
+PromptInput = str | Mapping[str, Any]
+"""Text, {"prompt": text} or {"prompt_token_ids": ids}."""
+Message = Mapping[str, Any]
+"""One chat message: {"role": ..., "content": ...}."""
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """The log probability of one token under the model's raw logits."""
+
+    logprob: float
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer."""
+
+    index: int
+    text: str
+    token_ids: list[int]  # an ending EOS or stop token included
+    cumulative_logprob: float | None  # None unless SamplingParams.logprobs is set, as `logprobs`
+    logprobs: list[dict[int, Logprob]] | None  # one entry a token: the chosen one's
+    finish_reason: str | None  # stop, length or abort
+    stop_reason: int | str | None  # the stop string or stop token that ended it; None for EOS
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Where a request's time went; times are readings of one clock, in seconds."""
+
+    arrived_s: float | None
+    admitted_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+    ttft_ms: float | None
+    tpot_ms: float | None
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One prompt with its answer."""
+
+    request_id: str
+    prompt: str | None  # None for token ids and chats
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]  # always one
+    finished: bool
+    metrics: RequestMetrics
+
+
+class LLM:
+    """A model whose shards run until `close()`; use as a context manager.
+
+    Every setting of a job file is a keyword, groups as dicts: `LLM(model="demo", tensor_parallel_size=2,
+    cache={"num_blocks": 64})`. `sampling` holds the defaults for calls without sampling_params. Raises
+    ConfigError for settings that cannot work and ShardError when shards do not start.
+    """
+
+    def __init__(self, model: str | Path, *, tensor_parallel_size: int = 1, **settings: Any) -> None:
+        for key in ("input", "output"):
+            if settings.get(key) is not None:
+                raise ConfigError(f"LLM: {key} belongs to a job file; pass prompts to generate() instead")
+        if settings.get("launcher") == "torchrun":
+            raise ConfigError("LLM: launcher=torchrun only runs job files; use local or ray")
+        values = {"model": str(model), "tensor_parallel_size": tensor_parallel_size, **settings}
+        config = parse_config(values, "LLM")
+        from .engine import Engine  # late: torch and transformers take seconds to import
+
+        self._engine = Engine.start(config)
+        # Also closes the shards of an LLM that is dropped, or still open when Python exits.
+        self._close = weakref.finalize(self, self._engine.close)
+        self._next_id = 0
+        self._lock = threading.Lock()
+        self._live: dict[str, Request] = {}
+        self._aborts: deque[str] = deque()
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer every prompt, in the order of `prompts`.
+
+        A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}; `sampling_params` is one for all or
+        one for each. Requests are named "0", "1", ... over the life of this object. Raises RequestError for
+        a prompt that cannot run, before any runs, and ShardError.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        return self._run([_read_prompt(prompt) for prompt in many], sampling_params, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or several, as `generate` does."""
+        one = len(messages) > 0 and isinstance(messages[0], Mapping)
+        chats: Sequence[Any] = [messages] if one else messages
+        return self._run([[dict(message) for message in chat] for chat in chats], sampling_params, progress)
+
+    def abort(self, request_id: str) -> None:
+        """End a request of the `generate` or `chat` that runs in another thread; its blocks are freed.
+
+        It comes back with finish_reason "abort" and the tokens it had. Unknown ids are ignored, since a request may
+        finish at any time.
+        """
+        if request_id in self._live:
+            self._aborts.append(request_id)
+
+    def close(self) -> None:
+        """Stop the shards; safe to call twice."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        if not self._close.alive:
+            raise ConfigError("this LLM is closed; make another one")
+        params = _one_each(sampling_params, len(prompts), self._engine.config.sampling)
+        with self._lock:
+            try:
+                requests = self._add(prompts, params)
+                self._step_until_done(len(requests), progress)
+            finally:
+                for request_id in self._live:  # left by an error: the next call must not run them
+                    self._engine.coordinator.abort(request_id)
+                self._live.clear()
+                self._aborts.clear()
+        return [self._output(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
+
+    def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
+        requests = []
+        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                request = self._engine.make_request(str(self._next_id + index), prompt, sampling)
+                self._engine.coordinator.check(request)
+            except RequestError as error:
+                raise RequestError(f"prompts[{index}]: {error}") from None
+            requests.append(request)
+        self._next_id += len(requests)
+        for request in requests:
+            self._engine.coordinator.add(request)
+            self._live[request.request_id] = request
+        return requests
+
+    def _step_until_done(self, total: int, progress: bool) -> None:
+        coordinator = self._engine.coordinator
+        view = make_progress(Console(stderr=True)) if progress else NoProgress()
+        view.start(total)
+        num_tokens = 0
+        try:
+            while coordinator.has_work:  # after an abort until its last plan is back, which frees its blocks
+                ended = coordinator.step()
+                while self._aborts:
+                    if (aborted := coordinator.abort(self._aborts.popleft())) is not None:
+                        ended.append(aborted)
+                for request in ended:
+                    del self._live[request.request_id]
+                    num_tokens += len(request.output_token_ids)
+                view.update(total - len(self._live), 0, num_tokens)
+        finally:
+            view.stop()
+
+    def _output(self, request: Request, prompt: Prompt) -> RequestOutput:
+        logprobs = None
+        if request.output_logprobs is not None:
+            decode = self._engine.tokenizer.decode
+            logprobs = [
+                {token_id: Logprob(logprob, decode([token_id]))}
+                for token_id, logprob in zip(request.output_token_ids, request.output_logprobs, strict=True)
+            ]
+        answer = CompletionOutput(
+            index=0,
+            text=request.text,
+            token_ids=request.output_token_ids,
+            cumulative_logprob=None if request.output_logprobs is None else sum(request.output_logprobs),
+            logprobs=logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=[answer],
+            finished=True,
+            metrics=RequestMetrics(
+                arrived_s=request.arrived_s,
+                admitted_s=request.admitted_s,
+                first_token_s=request.first_token_s,
+                finished_s=request.finished_s,
+                ttft_ms=request.ttft_ms,
+                tpot_ms=request.tpot_ms,
+                num_preemptions=request.num_preemptions,
+            ),
+        )
+
+
+def _read_prompt(prompt: PromptInput) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping) and len(prompt) == 1:
+        if isinstance(text := prompt.get("prompt"), str):
+            return text
+        if isinstance(ids := prompt.get("prompt_token_ids"), Sequence) and not isinstance(ids, str):
+            return [int(token_id) for token_id in ids]
+    raise RequestError(f'a prompt is text, {{"prompt": text}} or {{"prompt_token_ids": ids}}, not {prompt!r}')
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int, default: SamplingParams
+) -> list[SamplingParams]:
+    if params is None:
+        return [default] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(
+            f"{count} prompts and {len(params)} sampling_params; give one, or one for each prompt"
+        )
+    return list(params)
