@@ -1,0 +1,96 @@
+"""Plans and results survive the trip as bytes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvshard.runtime.coordinator.plan import (
+    OpenedSlot,
+    SlotSampling,
+    StepPlan,
+    StepResult,
+    decode_plan,
+    decode_result,
+    encode_plan,
+    encode_result,
+)
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+unit = st.floats(0, 1)
+
+
+def int32s(size: int | None = None) -> st.SearchStrategy:
+    lists = st.lists(int32, max_size=5) if size is None else st.lists(int32, min_size=size, max_size=size)
+    return lists.map(lambda values: np.array(values, np.int32))
+
+
+def bools(size: int) -> st.SearchStrategy:
+    return st.lists(st.booleans(), min_size=size, max_size=size).map(
+        lambda values: np.array(values, np.bool_)
+    )
+
+
+samplings = st.builds(
+    SlotSampling,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 2**31 - 1),
+    top_p=unit,
+    min_p=unit,
+    seed=st.integers(0, 2**64 - 1),
+    logprobs=st.booleans(),
+    stop_ids=st.lists(int32, max_size=3).map(tuple),
+    stop_from=st.integers(0, 2**31 - 1),
+)
+opened = st.builds(
+    OpenedSlot,
+    slot=int32,
+    context_len=int32,
+    block_ids=st.lists(int32, max_size=4).map(tuple),
+    sampling=samplings,
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    num_rows, num_appended = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    return StepPlan(
+        epoch=draw(st.integers(0, 2**40)),
+        step_id=draw(st.integers(0, 2**40)),
+        closed_slots=draw(int32s()),
+        opened=tuple(draw(st.lists(opened, max_size=3))),
+        appended_slots=draw(int32s(num_appended)),
+        appended_blocks=draw(int32s(num_appended)),
+        row_slots=draw(int32s(num_rows)),
+        row_num_new_tokens=draw(int32s(num_rows)),
+        row_from_device=draw(bools(num_rows)),
+        row_samples=draw(bools(num_rows)),
+        token_ids=draw(int32s()),
+    )
+
+
+def assert_same(got: StepPlan | StepResult, sent: StepPlan | StepResult) -> None:
+    for field in dataclasses.fields(sent):
+        before, after = getattr(sent, field.name), getattr(got, field.name)
+        if isinstance(before, np.ndarray):
+            assert after.dtype == before.dtype, field.name
+            np.testing.assert_array_equal(after, before, err_msg=field.name)
+        else:
+            assert after == before, field.name
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_plan_round_trip(plan: StepPlan) -> None:
+    assert_same(decode_plan(encode_plan(plan)), plan)
+
+
+@pytest.mark.parametrize("logprobs", [None, np.array([-0.5, -np.inf, np.nan], np.float32)])
+def test_result_round_trip(logprobs: np.ndarray | None) -> None:
+    result = StepResult(3, 2**33, np.array([5, -1, 2**31 - 1], np.int32), logprobs, 1.25)
+    got = decode_result(encode_result(result))
+    assert_same(got, result)
+    assert got.checksum() == result.checksum()
+    other = dataclasses.replace(result, token_ids=np.array([5, -1, 0], np.int32))
+    assert other.checksum() != result.checksum()
