@@ -115,5 +115,6 @@ def _download(repository: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0]
         at = "" if revision is None else f" at revision {revision}"
         raise CheckpointError(
-            f"model={repository}{at} could not be fetched from the hub: {reason}"
+            f"model={repository}{at} could not be fetched from the hub ({reason}); "
+            "check the name and the network, or give a local directory"
         ) from error

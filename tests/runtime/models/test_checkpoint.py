@@ -70,7 +70,7 @@ def test_reading_casts_into_the_callers_tensor(single_file: Path) -> None:
 
 
 def test_a_slice_outside_the_tensor_is_our_bug(single_file: Path) -> None:
-    with pytest.raises(AssertionError, match="lm_head.weight"):
+    with pytest.raises(AssertionError, match=r"lm_head\.weight"):
         open_checkpoint(single_file).read("lm_head.weight", 0, range(90, 120))
 
 
@@ -115,7 +115,7 @@ def test_a_long_list_of_missing_tensors_is_cut(copy: Path) -> None:
 
 
 def test_missing_files_are_named(copy: Path, several_files: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="model .*nowhere does not exist"):
+    with pytest.raises(CheckpointError, match=r"model .*nowhere does not exist"):
         read_index(tmp_path / "nowhere")
     (tmp_path / "model.bin").touch()
     with pytest.raises(CheckpointError, match=r"neither a directory nor a \.gguf file"):
@@ -134,7 +134,7 @@ def test_missing_files_are_named(copy: Path, several_files: Path, tmp_path: Path
     split = Path(shutil.copytree(several_files, tmp_path / "split"))
     lost = sorted(split.glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(CheckpointError, match=f"index.json: names {lost.name}, which is missing"):
+    with pytest.raises(CheckpointError, match=rf"index\.json: names {lost.name}, which is missing"):
         read_index(split)
 
 
