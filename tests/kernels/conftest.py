@@ -1,34 +1,14 @@
 """Back ends under test and the cases they share. Without a CUDA device the Triton kernels run interpreted."""
 
-import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
-
 from kvshard.kernels.metadata import AttentionMetadata, HeadLayout
-
-
-def _load_tolerances() -> ModuleType:
-    path = Path(__file__).parent.parent / "tolerances.py"
-    spec = importlib.util.spec_from_file_location("kvshard_test_tolerances", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-assert_within = _load_tolerances().assert_within
 
 
 @dataclass
@@ -126,11 +106,6 @@ def attention_case(
 @pytest.fixture(name="attention_case")
 def _attention_case() -> Callable[..., AttentionCase]:
     return attention_case
-
-
-@pytest.fixture(name="assert_within")
-def _assert_within() -> Callable[[torch.Tensor, torch.Tensor, str], None]:
-    return assert_within
 
 
 @pytest.fixture(params=["cpu", "triton"])

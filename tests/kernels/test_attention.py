@@ -4,6 +4,7 @@ import pytest
 import torch
 from kvshard.kernels import reference
 from kvshard.kernels.metadata import AttentionMetadata
+from tolerances import assert_within
 
 SHAPES = {
     "decode at block edges": {"query_lens": (1, 1, 1, 1), "context_lens": (1, 15, 16, 17)},
@@ -30,7 +31,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_matches_reference(backend, attention_case, assert_within, shape, dtype):
+def test_matches_reference(backend, attention_case, shape, dtype):
     case = attention_case(**shape, dtype=dtype)
     got = case.run(backend.ops.paged_attention, backend.device)
     assert got.is_contiguous()
@@ -63,7 +64,7 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS.values(), ids=MUTATIONS.keys())
-def test_wrong_input_fails(backend, attention_case, assert_within, mutate):
+def test_wrong_input_fails(backend, attention_case, mutate):
     case = attention_case(**MIXED)
     expected = case.run(reference.paged_attention)
     assert_within(case.run(backend.ops.paged_attention, backend.device), expected, "attention")
@@ -71,7 +72,7 @@ def test_wrong_input_fails(backend, attention_case, assert_within, mutate):
         assert_within(mutate(case).run(backend.ops.paged_attention, backend.device), expected, "attention")
 
 
-def test_layers_share_one_plan(backend, attention_case, assert_within):
+def test_layers_share_one_plan(backend, attention_case):
     """The second layer of a step reuses what the first worked out, and reads its own cache."""
     case = attention_case(**MIXED)
     metas = []
@@ -90,7 +91,7 @@ def test_layers_share_one_plan(backend, attention_case, assert_within):
     assert before.keys() == after.keys()
 
 
-def test_nan_of_one_row_stays_there(backend, attention_case, assert_within):
+def test_nan_of_one_row_stays_there(backend, attention_case):
     """A row with NaN keys, a short row padded to its length: only the first becomes NaN."""
     case = attention_case((1, 1, 1), (40, 5, 30))
     expected = case.run(reference.paged_attention)

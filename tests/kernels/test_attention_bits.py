@@ -1,0 +1,95 @@
+"""A row's attention output has the same bits alone, in any batch and cut into any steps; chunks of the context."""
+
+import numpy as np
+import pytest
+import torch
+from kvshard.kernels import reference
+from kvshard.kernels.metadata import AttentionMetadata
+from kvshard.kernels.tiles import AttentionTile, AttentionTiles
+from tolerances import assert_within
+
+pytest.importorskip("triton")
+
+# Chunks of 32 positions: the shapes below have up to four of them, and stay small for the interpreter.
+SMALL = AttentionTiles(
+    decode=AttentionTile(16, 16, 32, num_warps=4, num_stages=2),
+    prefill=AttentionTile(64, 16, 32, num_warps=4, num_stages=2),
+    max_decode_queries=4,
+)
+
+
+@pytest.fixture
+def triton_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_attention():
+    from kvshard.kernels.triton.attention import paged_attention
+
+    return paged_attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("window", [None, 1, 31, 40], ids=lambda window: f"window {window}")
+def test_chunks_match_reference(triton_attention, triton_device, attention_case, dtype, window):
+    """Contexts at chunk edges, in parts (decode) and in one program (prefill), some chunks all hidden."""
+    case = attention_case(
+        (1, 3, 1, 1, 40), (32, 33, 97, 1, 100), q_per_kv=(2, 1), head_dim=24, dtype=dtype, window=window
+    )
+    got = case.run(triton_attention, triton_device, tiles=SMALL)
+    assert_within(got, case.run(reference.paged_attention), "attention")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_a_row_alone_and_in_a_batch(backend, attention_case, dtype):
+    """Bit for bit, in each back end; the 300 tokens make the CPU back end pad to several lengths."""
+    case = attention_case((1, 1, 5, 1, 17), (70, 300, 20, 5, 33), q_per_kv=(2, 1), head_dim=24, dtype=dtype)
+    together = case.run(backend.ops.paged_attention, backend.device)
+    for row, begin in enumerate((0, 1, 2, 7, 8)):
+        alone = case.alone(row).run(backend.ops.paged_attention, backend.device)
+        assert torch.equal(alone, together[begin : begin + case.query_lens[row]])
+
+
+@pytest.mark.parametrize("window", [None, 21], ids=lambda window: f"window {window}")
+def test_a_prompt_cut_into_steps(triton_attention, triton_device, attention_case, window):
+    """40 new tokens at once, and as steps of 1, 3, 16 and 20: decode tiles, prefill tiles, chunks in parts."""
+    case = attention_case((40,), (70,), q_per_kv=(3, 1), head_dim=24, window=window)
+    whole = case.run(triton_attention, triton_device, tiles=SMALL)
+    begin = 0
+    for size in (1, 3, 16, 20):
+        end = begin + size
+        step = case.changed(q=case.q[begin:end], query_lens=(size,), context_lens=(30 + end,))
+        assert torch.equal(step.run(triton_attention, triton_device, tiles=SMALL), whole[begin:end])
+        begin = end
+    assert begin == 40
+
+
+def test_work_list_skips_what_no_query_sees():
+    """Decode rows get an item per chunk, prefill tiles one item; chunks before the window get none."""
+    from kvshard.kernels.triton.plan import plan_work
+
+    meta = AttentionMetadata.build(
+        np.array([1, 2, 33], dtype=np.int32),
+        np.array([100, 30, 64], dtype=np.int32),
+        torch.zeros(3, 7, dtype=torch.int32),
+        16,
+        "cpu",
+    )
+    decode, prefill = plan_work(meta, SMALL, group=4, window=None)
+    assert decode.tile_queries == 4
+    assert decode.items.tolist() == [
+        [0, 0, 0, 1, 0],
+        [0, 0, 1, 2, 1],
+        [0, 0, 2, 3, 2],
+        [0, 0, 3, 4, 3],
+        [1, 0, 0, 1, -1],
+    ]
+    assert decode.combined.tolist() == [[0, 0, 0, 4]]
+    # 33 queries at positions 31 to 63, 16 a tile.
+    assert prefill.items.tolist() == [[2, 0, 0, 2, -1], [2, 16, 0, 2, -1], [2, 32, 0, 2, -1]]
+    assert prefill.num_partials == 0
+    decode, prefill = plan_work(meta, SMALL, group=4, window=10)
+    # The query at position 99 sees 90 to 99; those of row 1 see 19 to 29; tiles of row 2 start at 22, 38 and 54.
+    assert decode.items.tolist() == [[0, 0, 2, 3, 0], [0, 0, 3, 4, 1], [1, 0, 0, 1, -1]]
+    assert prefill.items.tolist() == [[2, 0, 0, 2, -1], [2, 16, 1, 2, -1], [2, 32, 1, 2, -1]]
