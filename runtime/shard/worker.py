@@ -32,50 +32,50 @@ class Worker:
     ) -> None:
         """Load this rank's slices. Raises CheckpointError."""
         self._config = config
-        self._spec = checkpoint.spec
+        self.spec = checkpoint.spec
         self._max_model_len = max_model_len
         self.group = group
         self.shard = shard_map.shard(group.rank)
         self.device = group.device
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        weights = load_weights(checkpoint, self._spec, self.shard, self._dtype, self.device)
+        weights = load_weights(checkpoint, self.spec, self.shard, self._dtype, self.device)
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()}
         self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
-        self.decoder = Decoder(self._spec, self.shard, weights, group, max_model_len)
+        self.decoder = Decoder(self.spec, self.shard, weights, group, max_model_len)
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache and the slots; plans may be run from here on."""
         cache, scheduler = self._config.cache, self._config.scheduler
         self.cache = KVCache(
-            self._spec,
+            self.spec,
             self.shard,
             num_blocks=num_blocks,
             block_size=cache.block_size,
             dtype=self._dtype if cache.dtype == "auto" else getattr(torch, cache.dtype),
             device=self.device,
         )
-        self._slots = Slots(
+        self.slots = Slots(
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self._max_model_len,
             block_size=cache.block_size,
             device=self.device,
         )
         self._sampler = Sampler(
-            self.group, self.shard.vocab_rows, self._spec.vocab_size, scheduler.max_num_seqs, self.device
+            self.group, self.shard.vocab_rows, self.spec.vocab_size, scheduler.max_num_seqs, self.device
         )
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> "PendingResult":
         """Launch one step. On CUDA the result is still being computed when this returns."""
         started = _Clock(self.device)
-        inputs = self._slots.apply(plan)
+        inputs = self.slots.apply(plan)
         for opened in plan.opened:
             self._sampler.open(opened.slot, opened.sampling)
         logits = self.decoder.forward(inputs, self.cache)
         pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
         if len(inputs.sample_slots):
             token_ids, logprobs = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
-            self._slots.store_sampled(inputs.sample_slots, token_ids)
+            self.slots.store_sampled(inputs.sample_slots, token_ids)
             pending.fetch(token_ids, logprobs)
         pending.finish()
         return pending

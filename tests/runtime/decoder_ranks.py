@@ -1,0 +1,107 @@
+"""What each rank of tests/runtime/test_decoder.py runs: a real worker, plans fed by hand, everything recorded."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kvshard.kernels import ops
+from kvshard.parallel.group import Group
+from kvshard.parallel.shard_map import ShardMap
+from kvshard.runtime.config import parse_config
+from kvshard.runtime.coordinator.plan import OpenedSlot, SlotSampling, StepPlan
+from kvshard.runtime.models.checkpoint import open_checkpoint
+from kvshard.runtime.shard.worker import Worker
+from ranks import connect
+from torch.distributed import Store
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 64
+GREEDY = SlotSampling(
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=False, stop_ids=(), stop_from=0
+)
+
+
+def make_worker(path: Path, group: Group, poison: bool = True) -> Worker:
+    """A float32 worker with a small cache, filled with NaN: nothing may be read that was not written."""
+    config = parse_config(
+        {
+            "model": str(path),
+            "tensor_parallel_size": group.world_size,
+            "device": "cpu",
+            "dtype": "float32",
+            "cache": {"block_size": BLOCK_SIZE},
+            "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
+        },
+        "test",
+    )
+    checkpoint = open_checkpoint(path)
+    shard_map = ShardMap.build(checkpoint.spec.dims, group.world_size)
+    worker = Worker(config, checkpoint, shard_map, group, max_model_len=64)
+    worker.allocate(NUM_BLOCKS)
+    if poison:
+        worker.cache.fill(float("nan"))
+    return worker
+
+
+def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, tuple[int, ...]]) -> StepPlan:
+    """Rows of (slot, token ids); every row samples. `opened` gives new slots their blocks."""
+    return StepPlan(
+        epoch=0,
+        step_id=step_id,
+        closed_slots=np.array([], np.int32),
+        opened=tuple(OpenedSlot(slot, 0, blocks, GREEDY) for slot, blocks in opened.items()),
+        appended_slots=np.array([], np.int32),
+        appended_blocks=np.array([], np.int32),
+        row_slots=np.array([slot for slot, _ in rows], np.int32),
+        row_num_new_tokens=np.array([len(ids) for _, ids in rows], np.int32),
+        row_from_device=np.zeros(len(rows), np.bool_),
+        row_samples=np.ones(len(rows), np.bool_),
+        token_ids=np.array([i for _, ids in rows for i in ids], np.int32),
+    )
+
+
+def trace(store: Store, rank: int, world_size: int, path: Path, prompts: list[list[int]], cut: int) -> Any:
+    """Residual stream after every layer and logits of every prompt's tokens, prompts cut in two at `cut`.
+
+    Returns ({layer: [tokens, hidden]} with the prompts one after the other, [prompts, vocab] last-token logits).
+    """
+    group = connect(store, rank, world_size)
+    worker = make_worker(path, group)
+    # Block ids in no order, so that a table that is not followed shows.
+    free = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS)).tolist()
+    tables = {i: tuple(free.pop() for _ in range(-(-len(ids) // BLOCK_SIZE))) for i, ids in enumerate(prompts)}
+    layers: dict[int, list[list[torch.Tensor]]] = {}
+    recorded: list[torch.Tensor] = []
+    plain = ops.add_rms_norm
+
+    def recording(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = plain(x, residual, weight, eps)
+        recorded.append(residual.clone())
+        return out
+
+    ops.add_rms_norm = recording  # type: ignore[assignment]
+    parts = [[ids[:cut] for ids in prompts], [ids[cut:] for ids in prompts]]
+    logits = torch.empty(0)
+    for step, part in enumerate(parts):
+        recorded.clear()
+        step_plan = plan(step, list(enumerate(part)), tables if step == 0 else {})
+        with torch.inference_mode():
+            inputs = worker.slots.apply(step_plan)
+            logits = worker.decoder.forward(inputs, worker.cache)
+        lengths = [len(ids) for ids in part]
+        for layer, residual in enumerate(recorded[1::2]):  # the second norm of a layer ends it
+            layers.setdefault(layer, []).append(list(residual.split(lengths)))
+    whole = {
+        layer: torch.cat([torch.cat(pieces) for pieces in zip(*steps, strict=True)])
+        for layer, steps in layers.items()
+    }
+    return {k: v.numpy() for k, v in whole.items()}, _gather(logits, worker, group).numpy()
+
+
+def _gather(logits: torch.Tensor, worker: Worker, group: Group) -> torch.Tensor:
+    """[rows, vocab] from every rank's slice."""
+    rows = worker.shard.vocab_rows
+    everything = torch.zeros(logits.shape[0], worker.spec.vocab_size)
+    everything[:, rows.start : rows.stop] = logits
+    return group.all_reduce(everything, "test logits")
