@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..runtime.config import JobConfig, load_config, parse_overrides
 from ..runtime.errors import ConfigError
+from .bench import app as bench_app
 from .plan_command import plan
 from .run import execute_job, is_done, report_errors
 
@@ -33,6 +34,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Tensor-parallel batch generation, sharded by attention heads.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -127,6 +129,7 @@ def _load(job: Path, overrides: list[str]) -> JobConfig:
 
 
 app.command(no_args_is_help=True)(plan)
+app.add_typer(bench_app, name="bench")
 
 
 @app.command("fetch-demo")

@@ -155,8 +155,9 @@ def _read_request(row_id: str, body: dict[str, Any], defaults: SamplingParams) -
         name = _ALIASES.get(key, key)
         if name in _SAMPLING:
             value = tuple(value) if isinstance(value, list) else value
-            if fields.setdefault(name, value) != value:
-                raise RequestError(f"max_tokens={fields[name]} and max_completion_tokens differ; give one")
+            if name in fields and fields[name] != value:
+                raise RequestError("max_tokens and max_completion_tokens differ; give one")
+            fields[name] = value
         elif key in _NEUTRAL and value not in _NEUTRAL[key]:
             raise RequestError(f"{key}={_short(value)} is not supported; leave {key} out")
     _refuse_unknown(

@@ -130,12 +130,12 @@ def _latency(values: Sequence[float]) -> str:
 
 
 def _shard_table(shards: list[ShardUse]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("Shard", justify="right")
-    table.add_column("Host", overflow="ellipsis", no_wrap=True, max_width=14)
+    table.add_column("Host", overflow="ellipsis", no_wrap=True, max_width=12)
     table.add_column("Device", no_wrap=True)
     for name in ("Heads", "Weights", "Peak memory", "KV cache used"):
-        table.add_column(name, justify="right", no_wrap=name == "Heads")
+        table.add_column(name, justify="right", no_wrap=name != "Peak memory")
     for use in shards:
         info = use.info
         table.add_row(
@@ -145,6 +145,14 @@ def _shard_table(shards: list[ShardUse]) -> Table:
             f"{info.num_q_heads}q {info.num_kv_heads}kv",
             gib(info.weight_bytes),
             "-" if use.peak_memory_bytes is None else gib(use.peak_memory_bytes),
-            "-" if use.peak_kv_bytes is None else f"{gib(use.peak_kv_bytes)} of {gib(info.kv_bytes)}",
+            "-" if use.peak_kv_bytes is None else _share(use.peak_kv_bytes, info.kv_bytes),
         )
     return table
+
+
+def _share(used_bytes: int, whole_bytes: int) -> str:
+    """As "1.50/2.00 GiB", or "800.0 MiB/2.00 GiB" when the units differ."""
+    used, whole = gib(used_bytes), gib(whole_bytes)
+    if used[-3:] == whole[-3:]:
+        used = used[:-4]
+    return f"{used}/{whole}"
