@@ -75,7 +75,7 @@ class Coordinator:
         result = self._executor.result()
         ended = []
         for request in self._scheduler.update(result, self._clock()):
-            reason = self._end.reached(request)
+            reason = "error" if request.error is not None else self._end.reached(request)
             if reason is not None:
                 self._finish(request, reason)
                 ended.append(request)

@@ -15,7 +15,7 @@ Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
 
-NO_TOKEN = -1  # in StepResult.token_ids: this row sampled nothing (its prompt is not finished)
+NO_TOKEN = -1  # in StepResult.token_ids: the row was not to sample, or its logits were not finite
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StepResult:
 
     epoch: int
     step_id: int
-    token_ids: Int32  # [num_rows], NO_TOKEN where the row sampled nothing
+    token_ids: Int32  # [num_rows], or NO_TOKEN
     logprobs: Float32 | None  # [num_rows], of the raw logits; None when no row asked
     forward_ms: float
 

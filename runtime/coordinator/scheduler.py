@@ -25,6 +25,12 @@ from .slot_table import Int64, SlotTable
 from .stats import CoordinatorStats
 
 
+NOT_FINITE = (
+    "the model's logits are not finite: its activations overflow in this dtype (try bfloat16 or float32), "
+    "or its weights are damaged"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _SentPlan:
     """What is needed of a plan once its result is back."""
@@ -100,7 +106,10 @@ class Scheduler:
         assert (result.epoch, result.step_id) == (self._epoch, sent.step_id), (
             f"result of epoch {result.epoch} step {result.step_id}, not of {self._epoch} step {sent.step_id}"
         )
-        assert np.array_equal(result.token_ids != NO_TOKEN, sent.samples), "tokens and sampling rows differ"
+        has_token = result.token_ids != NO_TOKEN
+        assert not np.any(has_token & ~sent.samples), "a token for a row that samples none"
+        for row in np.flatnonzero(sent.samples & ~has_token).tolist():
+            sent.requests[row].error = NOT_FINITE
         self._free_drained()
         table = self.slots
         is_held = table.serial[sent.slots] == sent.serials
@@ -109,7 +118,7 @@ class Scheduler:
         table.num_known[slots] += 1
         table.num_in_flight[slots] -= 1
         table.last_token[slots] = token_ids
-        may_end = table.watched[slots] | (table.num_known[slots] >= table.max_len[slots])
+        may_end = table.watched[slots] | (table.num_known[slots] >= table.max_len[slots]) | ~has_token[rows]
         for eos_token_id in self._eos_token_ids:
             may_end |= token_ids == eos_token_id
         preempted = np.flatnonzero(sent.samples & ~is_held)

@@ -78,7 +78,8 @@ class Slots:
 
     def store_sampled(self, slots: npt.NDArray[np.int32], token_ids: Tensor) -> None:
         """Keep the sampled tokens where the next step's inputs are read."""
-        self._last_token[self._to_device(slots)] = token_ids
+        # NO_TOKEN of a row that has failed must not reach the embedding before the row is closed.
+        self._last_token[self._to_device(slots)] = token_ids.clamp_min(0)
 
     def _open_and_append(self, plan: StepPlan) -> None:
         slots = [plan.appended_slots]

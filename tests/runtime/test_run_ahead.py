@@ -1,0 +1,210 @@
+"""Rows that end or are preempted while a plan that holds them is in flight, with NaN in every block given up."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kvshard.launch.local import InProcessExecutor
+from kvshard.runtime.config import JobConfig, parse_config
+from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.loop import Coordinator
+from kvshard.runtime.coordinator.plan import StepPlan, StepResult
+from kvshard.runtime.coordinator.remote import CacheSize
+from kvshard.runtime.coordinator.request import Request
+from kvshard.runtime.sampling_params import SamplingParams
+from models_factory import make_llama
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 64
+NUM_TOKENS = 20
+PROMPTS = {"a": [5, 17, 99, 3, 42], "b": [61, 2, 30, 8, 8, 19, 77], "c": [9, 54, 12]}
+
+
+class PoisoningExecutor(InProcessExecutor):
+    """Before a plan runs, every block that no open slot holds is filled with NaN.
+
+    That is the earliest moment at which a shard could know that a block was given up, so whatever
+    reads it later, or writes too late what another row needs, turns that row's logits into NaN.
+    """
+
+    def __init__(self, config: JobConfig, path: str, size: CacheSize) -> None:
+        super().__init__(config, path, size)
+        self._size_blocks = size.num_blocks
+        self._blocks_of: dict[int, list[int]] = {}
+        self.num_poisoned = 0
+
+    def result(self) -> StepResult:
+        self._follow(self._plans[0])
+        held = {block for blocks in self._blocks_of.values() for block in blocks}
+        free = sorted(set(range(self._size_blocks)) - held)
+        assert self.worker is not None
+        self.worker.cache.fill(float("nan"), free)
+        self.num_poisoned += len(free)
+        return super().result()
+
+    def _follow(self, plan: StepPlan) -> None:
+        for slot in plan.closed_slots.tolist():
+            del self._blocks_of[slot]
+        for opened in plan.opened:
+            self._blocks_of[opened.slot] = list(opened.block_ids)
+        for slot, block in zip(plan.appended_slots.tolist(), plan.appended_blocks.tolist(), strict=True):
+            self._blocks_of[slot].append(block)
+
+
+class OneLetterEach:
+    """A tokenizer for random models: token 65 is A."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(token_id) for token_id in token_ids)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> dict[str, list[int]]:
+    """Each prompt run by itself, nothing in flight."""
+    tokens = {}
+    for name, prompt in PROMPTS.items():
+        coordinator = start(model, run_ahead=0)
+        tokens[name] = generate(coordinator, {name: prompt})[name].output_token_ids
+    return tokens
+
+
+def start(
+    model: Path, *, run_ahead: int = 1, num_blocks: int = 40, eos: tuple[int, ...] = (), poison: bool = True
+) -> Coordinator:
+    config = parse_config(
+        {
+            "model": str(model),
+            "device": "cpu",
+            "dtype": "float32",
+            "threads_per_shard": 1,
+            "cache": {"block_size": BLOCK_SIZE},
+            "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 32, "run_ahead": run_ahead},
+        },
+        "test",
+    )
+    executor_type = PoisoningExecutor if poison else InProcessExecutor
+    executor = executor_type(config, str(model), CacheSize(num_blocks, MAX_MODEL_LEN))
+    executor.start()
+    limits = Limits.from_config(config, num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN)
+    return Coordinator(executor, limits, eos_token_ids=eos, tokenizer=OneLetterEach())
+
+
+def generate(
+    coordinator: Coordinator,
+    prompts: dict[str, list[int]],
+    sampling: dict[str, SamplingParams] | None = None,
+    after_step: Callable[[int, dict[str, Request]], None] = lambda step, requests: None,
+) -> dict[str, Request]:
+    greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
+    requests = {
+        name: Request.new(name, prompt, (sampling or {}).get(name, greedy)) for name, prompt in prompts.items()
+    }
+    for request in requests.values():
+        coordinator.add(request)
+    step = 0
+    while coordinator.has_work:
+        coordinator.step()
+        coordinator.check_integrity()
+        after_step(step, requests)
+        step += 1
+    return requests
+
+
+def test_poison_is_read_where_the_table_is_wrong(model: Path) -> None:
+    """The poison bites: a plan whose row points at a block it does not own gives no token."""
+    coordinator = start(model)
+    executor = coordinator._executor
+    assert isinstance(executor, PoisoningExecutor)
+    wrong = executor._follow
+
+    def follow_and_forget(plan: StepPlan) -> None:
+        wrong(plan)
+        for blocks in executor._blocks_of.values():
+            blocks.clear()
+
+    executor._follow = follow_and_forget  # type: ignore[method-assign]
+    request = generate(coordinator, {"a": PROMPTS["a"]})["a"]
+    assert request.finish_reason == "error"
+    assert "not finite" in str(request.error)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_eos_while_in_flight(model: Path, alone: dict[str, list[int]], name: str) -> None:
+    eos = alone[name][6]
+    coordinator = start(model, eos=(eos,))
+    requests = generate(coordinator, PROMPTS)
+    assert coordinator.stats.max_plans_in_flight_ahead == 1
+    assert coordinator.stats.num_dropped_tokens > 0
+    for other, request in requests.items():
+        expected = alone[other]
+        if eos in expected:
+            expected = expected[: expected.index(eos) + 1]
+            assert request.finish_reason == "stop"
+        assert request.output_token_ids == expected
+
+
+def test_stop_string_while_in_flight(model: Path, alone: dict[str, list[int]]) -> None:
+    text = OneLetterEach().decode(alone["b"])
+    stop = text[7:9]
+    coordinator = start(model)
+    sampling = {"b": SamplingParams(temperature=0, max_tokens=NUM_TOKENS, stop=(stop,))}
+    requests = generate(coordinator, PROMPTS, sampling)
+    assert coordinator.stats.num_dropped_tokens > 0
+    assert requests["b"].text == text[: text.index(stop)]
+    assert requests["b"].stop_reason == stop
+    for other in ("a", "c"):
+        assert requests[other].output_token_ids == alone[other]
+
+
+def test_abort_while_in_flight(model: Path, alone: dict[str, list[int]]) -> None:
+    coordinator = start(model)
+
+    def abort(step: int, requests: dict[str, Request]) -> None:
+        if step == 5:
+            coordinator.abort("a")
+
+    requests = generate(coordinator, PROMPTS, after_step=abort)
+    assert requests["a"].finish_reason == "abort"
+    num_tokens = len(requests["a"].output_token_ids)
+    assert 0 < num_tokens < NUM_TOKENS
+    assert requests["a"].output_token_ids == alone["a"][:num_tokens]
+    assert coordinator.stats.num_dropped_tokens > 0
+    for other in ("b", "c"):
+        assert requests[other].output_token_ids == alone[other]
+
+
+@pytest.mark.parametrize("run_ahead", [1, 3])
+def test_preemption_while_in_flight(model: Path, alone: dict[str, list[int]], run_ahead: int) -> None:
+    coordinator = start(model, run_ahead=run_ahead, num_blocks=13)
+    requests = generate(coordinator, PROMPTS)
+    assert coordinator.stats.num_preemptions > 0
+    assert coordinator.stats.max_plans_in_flight_ahead == run_ahead
+    for name, request in requests.items():
+        assert request.output_token_ids == alone[name]
+
+
+def test_all_at_once_leaves_nothing_behind(model: Path, alone: dict[str, list[int]]) -> None:
+    """Rows end in all these ways side by side, over and over, in a cache too small for them."""
+    rng = np.random.default_rng(0)
+    coordinator = start(model, num_blocks=14)
+    prompts = {f"{name}{i}": prompt for i in range(6) for name, prompt in PROMPTS.items()}
+    sampling = {
+        name: SamplingParams(temperature=0, max_tokens=int(rng.integers(1, NUM_TOKENS + 1))) for name in prompts
+    }
+
+    def abort_some(step: int, requests: dict[str, Request]) -> None:
+        running = [name for name, request in requests.items() if request.status == "running"]
+        if running and step % 7 == 3:
+            coordinator.abort(str(rng.choice(running)))
+
+    requests = generate(coordinator, prompts, sampling, abort_some)
+    assert coordinator.stats.num_preemptions > 0
+    assert {request.finish_reason for request in requests.values()} == {"abort", "length"}
+    for name, request in requests.items():
+        assert request.output_token_ids == alone[name[0]][: len(request.output_token_ids)]
