@@ -10,6 +10,8 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,8 @@ from .shared_memory_layout import (
     TIMEOUT,
     Segment,
 )
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 _LOOK_EVERY_S = 0.005  # how often a waiting rank looks at its deadline and for dead peers
 _NAP_AFTER_S = 0.02
@@ -50,33 +54,30 @@ class PythonRing:
         self._peers = [r for r in range(segment.world_size) if r != rank]
         self._seq = 0
         self._missing: list[int] = []
-        self._words = np.frombuffer(segment.memory, dtype=np.uint64)[: segment.slots_at // 8]
+        self._words = memoryview(segment.memory)[: segment.slots_at].cast("Q")
         self._slots = [
             [
-                torch.frombuffer(
-                    segment.memory,
-                    dtype=torch.uint8,
-                    count=segment.slot_bytes,
-                    offset=segment.slot_at(r, parity),
-                )
+                np.frombuffer(segment.memory, np.uint8, segment.slot_bytes, segment.slot_at(r, parity))
                 for r in range(segment.world_size)
             ]
             for parity in (0, 1)
         ]
-        self._views: dict[torch.dtype, list[list[Tensor]]] = {}
+        self._views: dict[np.dtype[Any], list[list[Array]]] = {}
 
     def all_reduce(self, x: Tensor) -> int:
-        code, flat = DTYPE_CODES[x.dtype], x.view(-1)
-        sum_piece = _sum_exact if x.dtype.itemsize >= 4 else _sum_in_float32
-        slots_of = self._slots_as(x.dtype)
+        # numpy does all it can: a torch call costs several times as much on tensors this small.
+        sum_piece = _sum_exact if x.dtype.itemsize > 2 else partial(_sum_in_float32, x.dtype)
+        flat = (x if x.dtype.itemsize > 2 else x.view(torch.int16)).view(-1).numpy()
+        slots = self._slots_as(flat.dtype)
 
         def read(at: int, length: int, parity: int) -> None:
-            sum_piece([slot[:length] for slot in slots_of[parity]], flat[at : at + length])
+            sum_piece([slot[:length] for slot in slots[parity]], flat[at : at + length])
 
-        return self._collective(code, flat, read)
+        return self._collective(DTYPE_CODES[x.dtype], flat, read)
 
     def all_gather(self, x: Tensor, out: Tensor) -> int:
-        flat, rows = x.view(-1).view(torch.uint8), out.view(self._world_size, -1).view(torch.uint8)
+        flat = x.view(-1).view(torch.uint8).numpy()
+        rows = out.view(self._world_size, -1).view(torch.uint8).numpy()
 
         def read(at: int, length: int, parity: int) -> None:
             for row, slot in zip(rows, self._slots[parity], strict=True):
@@ -85,31 +86,31 @@ class PythonRing:
         return self._collective(BYTES, flat, read)
 
     def barrier(self) -> int:
-        return self._collective(BYTES, torch.empty(0, dtype=torch.uint8), lambda at, length, parity: None)
+        return self._collective(BYTES, np.empty(0, np.uint8), lambda at, length, parity: None)
 
     def missing(self) -> list[int]:
         return self._missing
 
-    def _slots_as(self, dtype: torch.dtype) -> list[list[Tensor]]:
+    def _slots_as(self, dtype: np.dtype[Any]) -> list[list[Array]]:
         if dtype not in self._views:
             self._views[dtype] = [[slot.view(dtype) for slot in half] for half in self._slots]
         return self._views[dtype]
 
-    def _collective(self, code: int, flat: Tensor, read: Callable[[int, int, int], None]) -> int:
+    def _collective(self, code: int, flat: Array, read: Callable[[int, int, int], None]) -> int:
         own = self._slots_as(flat.dtype)
-        per_piece = self._slot_bytes // flat.element_size()
+        per_piece = self._slot_bytes // flat.itemsize
         tag = (code + 1) << 56 | flat.nbytes
-        for at in range(0, max(flat.numel(), 1), per_piece):
+        for at in range(0, max(flat.size, 1), per_piece):
             if self._words[ABORT_AT // 8]:
                 return ABORTED
             self._seq += 1
             parity = self._seq & 1
-            piece = flat[at : at + per_piece]
-            own[parity][self._rank][: piece.numel()].copy_(piece)
+            length = min(per_piece, flat.size - at)
+            own[parity][self._rank][:length] = flat[at : at + length]
             status = self._meet(tag, parity)
             if status != OK:
                 return status
-            read(at, piece.numel(), parity)
+            read(at, length, parity)
         return OK
 
     def _meet(self, tag: int, parity: int) -> int:
@@ -126,7 +127,7 @@ class PythonRing:
         return OK
 
     def _arrived(self, rank: int) -> bool:
-        return bool(self._words[_word_index(rank)] >= self._seq)
+        return self._words[_word_index(rank)] >= self._seq
 
     def _wait_for(self, peer: int) -> int:
         words, index, seq = self._words, _word_index(peer), self._seq
@@ -165,16 +166,16 @@ def _word_index(rank: int) -> int:
     return (RANKS_AT + rank * RANK_BYTES) // 8
 
 
-def _sum_exact(parts: list[Tensor], out: Tensor) -> None:
-    """numpy: a torch call costs several times as much on tensors this small."""
-    total = out.numpy()
-    np.add(parts[0].numpy(), parts[1].numpy(), out=total)
-    for part in parts[2:]:
-        np.add(total, part.numpy(), out=total)
+def _sum_exact(parts: list[Array], out: Array) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities add up quietly, as in torch
+        np.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            np.add(out, part, out=out)
 
 
-def _sum_in_float32(parts: list[Tensor], out: Tensor) -> None:
-    total = parts[0].to(torch.float32)
+def _sum_in_float32(dtype: torch.dtype, parts: list[Array], out: Array) -> None:
+    """parts and out hold the bits of bfloat16 or float16, which only torch can add."""
+    total = torch.from_numpy(parts[0]).view(dtype).to(torch.float32)
     for part in parts[1:]:
-        total += part
-    out.copy_(total)
+        total += torch.from_numpy(part).view(dtype)
+    torch.from_numpy(out).view(dtype).copy_(total)
