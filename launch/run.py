@@ -136,7 +136,7 @@ def _execute(config: JobConfig, limit: int | None, retry_failed: bool, launcher:
                 progress.stop()
     print_summary(summary, Console())
     if summary.interrupted:
-        status.print(f"Interrupted. {_GO_ON}")
+        status.print(f"Interrupted. {_GO_ON}", soft_wrap=True)
         return EXIT_INTERRUPTED
     return EXIT_ROWS_FAILED if summary.num_failed else EXIT_OK
 
