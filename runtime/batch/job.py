@@ -125,7 +125,7 @@ def run_batch(
         summary.num_skipped = feeder.num_skipped
     show()
     summary.wall_s = time.monotonic() - started_s
-    summary.add_shards(engine.shards, engine.executor.health(), coordinator.stats.peak_used_blocks)
+    summary.add_engine(engine.shards, engine.executor.health(), coordinator.stats)
     return summary
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
+from ..coordinator.stats import CoordinatorStats
 from .memory_plan import gib
 
 _SAMPLE_CHARS = 400
@@ -44,6 +45,7 @@ class BatchSummary:
     tpot_ms: "array[float]" = field(default_factory=lambda: array("d"))
     sample: tuple[str, str] | None = None  # id and answer of the first row that was answered
     shards: list[ShardUse] = field(default_factory=list)
+    scheduler: CoordinatorStats = field(default_factory=CoordinatorStats)
 
     def add(self, request: Request) -> None:
         """Count one answered request."""
@@ -57,16 +59,17 @@ class BatchSummary:
         if self.sample is None and request.text.strip():
             self.sample = (request.request_id, request.text.strip())
 
-    def add_shards(
-        self, infos: Sequence[ShardInfo], health: Sequence[ShardHealth], peak_used_blocks: int
+    def add_engine(
+        self, infos: Sequence[ShardInfo], health: Sequence[ShardHealth], stats: CoordinatorStats
     ) -> None:
-        """Note what each shard used: `peak_used_blocks` of its `num_blocks`, the same on all."""
+        """Note what the scheduler did and what each shard used; the blocks used are the same on all."""
+        self.scheduler = stats
         peaks = {answer.rank: answer.peak_memory_bytes for answer in health}
         self.shards = [
             ShardUse(
                 info,
                 peaks.get(info.rank),
-                info.kv_bytes * peak_used_blocks // info.num_blocks if info.num_blocks else None,
+                info.kv_bytes * stats.peak_used_blocks // info.num_blocks if info.num_blocks else None,
             )
             for info in infos
         ]
@@ -121,7 +124,15 @@ def _job_rows(summary: BatchSummary) -> list[tuple[str, str]]:
         ("Time per output token", _latency(summary.tpot_ms)),
         ("Speed", f"{summary.tokens_per_s:,.1f} output tokens/s, {summary.requests_per_s:,.2f} requests/s"),
         ("Wall time", f"{summary.wall_s:,.1f} s"),
+        ("Scheduler", _scheduler(summary.scheduler)),
     ]
+
+
+def _scheduler(stats: CoordinatorStats) -> str:
+    return (
+        f"{stats.num_steps} steps, {stats.num_token_steps} token steps, {stats.num_chunked_prompts} chunked prompts, "
+        f"{stats.num_preemptions} preemptions, {stats.max_plans_in_flight_ahead} plans ahead"
+    )
 
 
 def _latency(values: Sequence[float]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.request import Request
+from kvshard.runtime.coordinator.stats import CoordinatorStats
 from kvshard.runtime.observe import progress as progress_module
 from kvshard.runtime.observe.progress import BarProgress, LineProgress, clock, make_progress
 from kvshard.runtime.observe.summary import BatchSummary, median_and_p99, print_summary
@@ -31,7 +32,7 @@ def make_summary() -> BatchSummary:
     info = ShardInfo(
         0, "a-host-with-a-long-name.example.org", 7, "cuda:0", 32, 8, 2**34, 2**35, 1000, "nccl", 4
     )
-    summary.add_shards([info], [ShardHealth(0, 5, 2**34 + 2**33)], peak_used_blocks=500)
+    summary.add_engine([info], [ShardHealth(0, 5, 2**34 + 2**33)], CoordinatorStats(peak_used_blocks=500))
     return summary
 
 
