@@ -65,7 +65,12 @@ def make_llama(
 
 
 def make_gguf(
-    path: Path, model: LlamaForCausalLM, stored: str = "F16", rope_factors: np.ndarray | None = None
+    path: Path,
+    model: LlamaForCausalLM,
+    stored: str = "F16",
+    *,
+    rope_factors: np.ndarray | None = None,
+    rope_scaling: tuple[gguf.RopeScalingType, float] | None = None,
 ) -> Path:
     """Write a model the way llama.cpp's converter does: its names, q and k rows interleaved, norms in F32."""
     config = model.config
@@ -84,6 +89,9 @@ def make_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_bos_token_id(config.bos_token_id)
     writer.add_eos_token_id(config.eos_token_id)
+    if rope_scaling is not None:
+        writer.add_rope_scaling_type(rope_scaling[0])
+        writer.add_rope_scaling_factor(rope_scaling[1])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
