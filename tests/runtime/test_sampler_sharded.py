@@ -1,0 +1,239 @@
+"""The same tokens and logprobs, bit for bit, for every number of ranks and every company in the batch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kvshard.parallel.group import Group
+from kvshard.runtime.coordinator.plan import NO_TOKEN, SlotSampling
+from kvshard.runtime.shard.sampler import Sampler
+from torch import Tensor
+from torch.distributed import FileStore
+
+CPU = torch.device("cpu")
+PATIENCE_S = 60.0
+VOCAB_SIZE = 1003
+
+
+class Meeting:
+    """Where the ranks of one simulated group put their tensors, a thread each."""
+
+    def __init__(self, world_size: int) -> None:
+        self.tensors: list[Tensor] = [torch.empty(0)] * world_size
+        self.names: list[str] = [""] * world_size
+        self.barrier = threading.Barrier(world_size, timeout=PATIENCE_S)
+
+
+class ThreadGroup:
+    """`Group` between threads. Refuses what ranks do differently: another collective, another shape."""
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank = rank
+        self.world_size = len(meeting.tensors)
+        self.device = CPU
+        self._meeting = meeting
+
+    def all_gather(self, x: Tensor, where: str) -> Tensor:
+        meeting = self._meeting
+        assert x.is_contiguous()
+        meeting.tensors[self.rank] = x.clone()
+        meeting.names[self.rank] = f"{where} {tuple(x.shape)} {x.dtype}"
+        meeting.barrier.wait()
+        assert len(set(meeting.names)) == 1, meeting.names
+        gathered = torch.stack(meeting.tensors)
+        meeting.barrier.wait()
+        return gathered
+
+    def all_reduce(self, x: Tensor, where: str) -> Tensor:
+        for index, part in enumerate(self.all_gather(x, where)):
+            x = x.copy_(part) if index == 0 else x.add_(part)
+        return x
+
+
+def settings(**changes: Any) -> SlotSampling:
+    values = {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 77, "logprobs": True}
+    return SlotSampling(**{**values, "stop_ids": (), "stop_from": 0, **changes})
+
+
+KINDS = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "stop_ids": (0, 1, 500, 1002), "stop_from": 1000},
+    {},
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_k": 900},
+    {"top_p": 0.3},
+    {"top_p": 0.999},
+    {"min_p": 0.05},
+    {"top_k": 50, "top_p": 0.8},
+    {"top_k": 50, "top_p": 0.8, "min_p": 0.01, "stop_ids": tuple(range(0, 1003, 7)), "stop_from": 1000},
+]
+SLOTS = [settings(**kind, seed=2**64 - 1 - index) for index, kind in enumerate(KINDS)]
+
+
+def make_logits(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(len(SLOTS), VOCAB_SIZE, generator=generator) * 3
+    return {
+        "random": logits,
+        "tied": logits.round(),
+        "flat": torch.zeros_like(logits),
+        "steep": logits * 30,
+        "half precision": logits.bfloat16().float(),
+        "broken": torch.where(torch.rand(logits.shape, generator=generator) < 3e-4, torch.nan, logits),
+    }[kind]
+
+
+def shares(world_size: int) -> list[range]:
+    """Uneven on purpose: odd borders, and one rank with a single row."""
+    borders = sorted(random.Random(world_size).sample(range(1, VOCAB_SIZE - 1), world_size - 1))
+    if world_size > 1:
+        borders[-1] = VOCAB_SIZE - 1
+    return [range(*pair) for pair in itertools.pairwise([0, *borders, VOCAB_SIZE])]
+
+
+Result = tuple[list[int], list[int]]
+
+
+def sample(
+    group: Group | ThreadGroup,
+    rows: range,
+    logits: Tensor,
+    slots: list[int],
+    opened: list[SlotSampling] = SLOTS,
+) -> Result:
+    """Token ids and the bits of the logprobs; row i of `logits` belongs to slots[i], at position 100 + slot."""
+    sampler = Sampler(group, rows, VOCAB_SIZE, len(opened), CPU)  # type: ignore[arg-type]
+    for slot, sampling in enumerate(opened):
+        sampler.open(slot, sampling)
+    slot_array = np.array(slots, np.int32)
+    positions = slot_array.astype(np.int64) + 100
+    token_ids, logprobs = sampler.sample(
+        logits[:, rows.start : rows.stop].contiguous(), slot_array, positions
+    )
+    assert logprobs is not None
+    return token_ids.tolist(), logprobs.view(torch.int32).tolist()
+
+
+def on_threads(world_size: int, run: Callable[[ThreadGroup, range], Result]) -> list[Result]:
+    meeting = Meeting(world_size)
+
+    def run_rank(rank: int) -> Result:
+        try:
+            return run(ThreadGroup(rank, meeting), shares(world_size)[rank])
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return [future.result(PATIENCE_S) for future in [pool.submit(run_rank, r) for r in range(world_size)]]
+
+
+EVERY_SLOT = list(range(len(SLOTS)))
+
+
+def unsharded(logits: Tensor, slots: list[int], opened: list[SlotSampling] = SLOTS) -> Result:
+    return sample(Group.single(CPU), range(VOCAB_SIZE), logits, slots, opened)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", ["random", "tied", "flat", "steep", "half precision", "broken"])
+def test_every_rank_and_every_size_gives_the_same_bits(world_size: int, kind: str) -> None:
+    logits = make_logits(kind)
+    expected = unsharded(logits, EVERY_SLOT)
+    broken = logits.isnan().any(1).tolist()
+    assert [token == NO_TOKEN for token in expected[0]] == broken
+    assert any(broken) == (kind == "broken")
+    for result in on_threads(world_size, lambda group, rows: sample(group, rows, logits, EVERY_SLOT)):
+        assert result == expected
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_batches_of_one_kind_are_the_same_for_every_size(kind: dict[str, Any]) -> None:
+    """These take the short cuts: stages that no row needs are left out."""
+    logits = make_logits("tied")
+    opened = [settings(**kind, seed=index, logprobs=index == 3) for index in EVERY_SLOT]
+    expected = unsharded(logits, EVERY_SLOT, opened)
+    for result in on_threads(3, lambda group, rows: sample(group, rows, logits, EVERY_SLOT, opened)):
+        assert result == expected
+
+
+def test_a_row_does_not_depend_on_the_batch() -> None:
+    logits = make_logits("tied")
+    tokens, logprobs = unsharded(logits, EVERY_SLOT)
+    for slot in EVERY_SLOT:
+        assert unsharded(logits[slot : slot + 1], [slot]) == ([tokens[slot]], [logprobs[slot]])
+    for seed in range(5):
+        slots = random.Random(seed).choices(EVERY_SLOT, k=seed * 5 + 2)
+        expected = [tokens[slot] for slot in slots], [logprobs[slot] for slot in slots]
+        assert unsharded(logits[slots], slots) == expected
+
+
+def test_equal_logits_on_several_ranks_go_to_the_lowest_id() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    opened = [settings(temperature=0.0)]
+    borders = [rows.start for rows in shares(5)]
+    logits[0, borders[2:]] = 4.0
+    results = on_threads(5, lambda group, rows: sample(group, rows, logits, [0], opened))
+    assert [tokens for tokens, _ in results] == [[borders[2]]] * 5
+
+
+def test_a_rank_with_other_vocabulary_rows_is_noticed() -> None:
+    """The comparison above is not blind: noise for the wrong global ids gives other tokens."""
+    logits = make_logits("random")
+    right = unsharded(logits, EVERY_SLOT)[0]
+
+    def shifted(group: ThreadGroup, rows: range) -> Result:
+        if group.rank == 1:
+            moved = torch.cat((logits[:, :1], logits), 1)  # the same columns, one id further
+            return sample(group, range(rows.start + 1, rows.stop + 1), moved, EVERY_SLOT)
+        return sample(group, rows, logits, EVERY_SLOT)
+
+    assert on_threads(3, shifted)[0][0] != right
+
+
+def run_in_process(rank: int, store_path: str) -> Result:
+    group = Group.connect(
+        FileStore(store_path, 2),
+        rank=rank,
+        world_size=2,
+        epoch=0,
+        job_id="test",
+        device=CPU,
+        host_id="host",
+        timeout_s=PATIENCE_S,
+        max_bytes=0,
+    )
+    result = sample(group, shares(2)[rank], make_logits("tied"), EVERY_SLOT)
+    group.close()
+    return result
+
+
+def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
+    command = [sys.executable, __file__, str(tmp_path / "store")]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for output, errors in outputs:
+        assert output.strip() == repr(unsharded(make_logits("tied"), EVERY_SLOT)), errors
+
+
+if __name__ == "__main__":
+    print(run_in_process(int(sys.argv[2]), sys.argv[1]))
