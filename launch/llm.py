@@ -40,7 +40,7 @@ class CompletionOutput:
     token_ids: list[int]  # an ending EOS or stop token included
     cumulative_logprob: float | None  # None unless SamplingParams.logprobs is set, as `logprobs`
     logprobs: list[dict[int, Logprob]] | None  # one entry a token: the chosen one's
-    finish_reason: str | None  # stop, length or abort
+    finish_reason: str | None  # stop, length, abort, or error (then RequestOutput.error says why)
     stop_reason: int | str | None  # the stop string or stop token that ended it; None for EOS
 
 
@@ -66,6 +66,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]  # always one
     finished: bool
+    error: str | None  # why the model gave no answer, as when its logits were not finite
     metrics: RequestMetrics
 
 
@@ -218,6 +219,7 @@ class LLM:
             prompt_token_ids=request.prompt_token_ids,
             outputs=[answer],
             finished=True,
+            error=request.error,
             metrics=RequestMetrics(
                 arrived_s=request.arrived_s,
                 admitted_s=request.admitted_s,

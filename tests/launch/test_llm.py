@@ -30,6 +30,7 @@ def test_outputs_have_the_known_shape() -> None:
         [output] = llm.generate("hi", SamplingParams(temperature=0, max_tokens=9, stop=["C"], logprobs=0))
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("0", "hi", [104, 105])
     assert output.finished
+    assert output.error is None
     [answer] = output.outputs
     assert (answer.index, answer.text, answer.token_ids) == (0, "AB", [65, 66, 67])
     assert (answer.finish_reason, answer.stop_reason) == ("stop", "C")
