@@ -58,9 +58,8 @@ class Sampler:
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._logprobs = np.zeros(max_num_seqs, np.bool_)
         self._stop_from = np.zeros(max_num_seqs, np.int64)
-        self._stop_columns = np.full(
-            (max_num_seqs, 1), _NO_ID, np.int64
-        )  # this rank's only, in local columns
+        # End tokens among this rank's rows, as columns of its logits; as wide as the longest list so far.
+        self._stop_columns = np.full((max_num_seqs, 1), _NO_ID, np.int64)
 
     def open(self, slot: int, sampling: SlotSampling) -> None:
         """Set all that is kept for a slot; what it held before is gone."""
@@ -125,35 +124,36 @@ class Sampler:
         if not samples.all():
             noise.mul_(is_sampled.float()[:, None])
         scores = noise.add_(logits)
+        cut = self._cut(logits, slots, log_min_p.float(), top_k, top_p)
+        # NaN is not below anything, so it stays and marks the row as broken.
+        return scores if cut is None else scores.masked_fill_(logits < cut[:, None], -math.inf)
 
-        with_min_p = bool((self._log_min_p[slots] > -math.inf).any())
+    def _cut(
+        self, logits: Tensor, slots: Int32, log_min_p: Tensor, top_k: Tensor, top_p: Tensor
+    ) -> Tensor | None:
+        """[R] float32: logits below it are not sampled. None if no row of the batch limits anything."""
         limits_k = self._top_k[slots] < self.vocab_size
-        with_top_p = bool((self._top_p[slots] < 1.0).any())
-        if not (with_min_p or limits_k.any() or with_top_p):
-            return scores
-        cut = torch.full_like(temperature, -math.inf, dtype=torch.float32)
+        limits_p = self._top_p[slots] < 1.0
+        limits_min_p = self._log_min_p[slots] > -math.inf
+        if not (limits_k | limits_p | limits_min_p).any():
+            return None
+        cut = torch.full_like(log_min_p, -math.inf)
         pool = logits  # in rows with top_p: all that is above the cut
-        if with_min_p or with_top_p:
+        if limits_min_p.any() or limits_p.any():
             max_logits = self._row_max(logits)
-        if with_min_p:
-            cut = max_logits + log_min_p.float()
+        if limits_min_p.any():
+            cut = max_logits + log_min_p
         if limits_k.any():
             max_k = int(self._top_k[slots][limits_k].max())
             best = logits.topk(min(max_k, len(self.vocab_rows)), sorted=False).values
-            if (limits_k | (self._top_p[slots] == 1.0)).all():
+            if (limits_k | ~limits_p).all():
                 pool = best
-            top_k_cut = cut_at_weight(
-                self.group,
-                best,
-                torch.ones_like(best, dtype=torch.int32),
-                top_k.clamp(max=max_k),
-                "sampler.top_k",
-            )
+            ones = torch.ones_like(best, dtype=torch.int32)
+            top_k_cut = cut_at_weight(self.group, best, ones, top_k.clamp(max=max_k), "sampler.top_k")
             cut = torch.maximum(cut, torch.where(top_k < self.vocab_size, top_k_cut, -math.inf))
-        if with_top_p:
+        if limits_p.any():
             cut = torch.maximum(cut, self._top_p_cut(logits, pool, cut, max_logits, top_p))
-        # NaN is not below anything, so it stays and marks the row as broken.
-        return scores.masked_fill_(logits < cut[:, None], -math.inf)
+        return cut
 
     def _top_p_cut(
         self, logits: Tensor, pool: Tensor, cut: Tensor, max_logits: Tensor, top_p: Tensor

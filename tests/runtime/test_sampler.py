@@ -1,6 +1,7 @@
 """What the sampler chooses: against a sort-based reference in vLLM's order, and against exact probabilities."""
 
 import math
+from collections.abc import Iterator
 from itertools import product
 from statistics import NormalDist
 from typing import Any
@@ -18,6 +19,14 @@ from torch import Tensor
 CPU = torch.device("cpu")
 SEED = 0xFEDCBA9876543210
 GREEDY = {"temperature": 0.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def settings(**changes: Any) -> SlotSampling:

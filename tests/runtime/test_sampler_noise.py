@@ -1,6 +1,7 @@
 """Philox4x32-10, the Gumbel noise made of it, and the radix select."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -24,6 +25,14 @@ KNOWN_ANSWERS = [
 ]
 SEED = 0xFEDCBA9876543210
 POSITION = 1234
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def signed(seed: int) -> int:

@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ from torch.distributed import FileStore
 CPU = torch.device("cpu")
 PATIENCE_S = 60.0
 VOCAB_SIZE = 1003
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Meeting:
@@ -236,4 +244,5 @@ def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print(run_in_process(int(sys.argv[2]), sys.argv[1]))
