@@ -139,7 +139,7 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 def decode_plan(data: bytes) -> StepPlan:
     (epoch, step_id, opened, closed, app_slots, app_blocks, slots, new_tokens, device, samples, tokens) = (
-        msgpack.unpackb(data)
+        msgpack.unpackb(data, use_list=False)
     )
     return StepPlan(
         epoch=epoch,
@@ -150,7 +150,7 @@ def decode_plan(data: bytes) -> StepPlan:
                 slot=slot,
                 context_len=context_len,
                 block_ids=tuple(_int32(blocks).tolist()),
-                sampling=SlotSampling(*sampling[:6], stop_ids=tuple(sampling[6]), stop_from=sampling[7]),
+                sampling=SlotSampling(*sampling),
             )
             for slot, context_len, blocks, sampling in opened
         ),

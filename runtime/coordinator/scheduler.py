@@ -12,7 +12,6 @@ is admitted again and recomputed. Blocks and slots given up are only ever used b
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,26 +20,9 @@ from .limits import Limits
 from .plan import NO_TOKEN, Bool, Int32, OpenedSlot, StepPlan, StepResult
 from .plan_builder import PlanBuilder
 from .request import Request
-from .slot_table import Int64, SlotTable
+from .sent_plan import SentPlan
+from .slot_table import SlotTable
 from .stats import CoordinatorStats
-
-
-NOT_FINITE = (
-    "the model's logits are not finite: its activations overflow in this dtype (try bfloat16 or float32), "
-    "or its weights are damaged"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _SentPlan:
-    """What is needed of a plan once its result is back."""
-
-    step_id: int
-    num_decodes: int
-    slots: Int32
-    serials: Int64  # of who held the slots when it was sent
-    samples: Bool
-    requests: list[Request]
 
 
 class Scheduler:
@@ -56,7 +38,7 @@ class Scheduler:
         self._stats = stats
         self._epoch = epoch
         self._next_step_id = 0
-        self._sent: deque[_SentPlan] = deque()
+        self._sent: deque[SentPlan] = deque()
         self._waiting: list[tuple[int, Request]] = []  # heap by arrival; finished ones are skipped
         self._draining: list[Request] = []  # finished, in plans that have not returned
         self._prefills: dict[int, Int32] = {}  # by slot: the tokens to compute before it can decode
@@ -108,8 +90,6 @@ class Scheduler:
         )
         has_token = result.token_ids != NO_TOKEN
         assert not np.any(has_token & ~sent.samples), "a token for a row that samples none"
-        for row in np.flatnonzero(sent.samples & ~has_token).tolist():
-            sent.requests[row].error = NOT_FINITE
         self._free_drained()
         table = self.slots
         is_held = table.serial[sent.slots] == sent.serials
@@ -122,31 +102,10 @@ class Scheduler:
         for eos_token_id in self._eos_token_ids:
             may_end |= token_ids == eos_token_id
         preempted = np.flatnonzero(sent.samples & ~is_held)
-        to_check = [*rows[may_end].tolist(), *preempted.tolist()]
-        to_check = [row for row in to_check if sent.requests[row].status != "finished"]
-        self._append_tokens(sent, result, now)
-        return [sent.requests[row] for row in to_check]
-
-    def _append_tokens(self, sent: _SentPlan, result: StepResult, now: float) -> None:
-        token_ids = result.token_ids.tolist()
-        for request, token_id in zip(sent.requests, token_ids, strict=True):
-            if request.status == "finished":
-                self._stats.num_dropped_tokens += token_id != NO_TOKEN
-            elif token_id != NO_TOKEN:
-                request.output_token_ids.append(token_id)
-        if result.logprobs is not None:
-            for request, token_id, logprob in zip(
-                sent.requests, token_ids, result.logprobs.tolist(), strict=True
-            ):
-                if (
-                    token_id != NO_TOKEN
-                    and request.output_logprobs is not None
-                    and request.status != "finished"
-                ):
-                    request.output_logprobs.append(logprob)
-        for request in sent.requests[sent.num_decodes :]:
-            if request.first_token_s is None and request.output_token_ids:
-                request.first_token_s = now
+        to_check = [sent.requests[row] for row in (*rows[may_end].tolist(), *preempted.tolist())]
+        to_check = [request for request in to_check if request.status != "finished"]
+        self._stats.num_dropped_tokens += sent.hand_out(result, now)
+        return to_check
 
     def _add_decodes(self, builder: PlanBuilder) -> None:
         """A row for every slot whose prompt is computed and that may have another token."""
@@ -252,7 +211,7 @@ class Scheduler:
         table.closed.clear()
         requests = [table.owners[slot] for slot in slots.tolist()]
         self._sent.append(
-            _SentPlan(
+            SentPlan(
                 plan.step_id, builder.num_decodes, slots, table.serial[slots], plan.row_samples, requests
             )
         )

@@ -75,7 +75,7 @@ class FakeShards:
         self.owner: dict[int, int] = {}  # block -> slot
         self.slots: dict[int, _Slot] = {}
         self.plans: list[StepPlan] = []
-        self.on_submit: Callable[[StepPlan], None] = lambda plan: None
+        self.without_token: Callable[[list[int], int], bool] = lambda sequence, seed: False
         self._in_flight: deque[bytes] = deque()
 
     def submit(self, plan: StepPlan) -> None:
@@ -94,7 +94,6 @@ class FakeShards:
             self.slots[slot].blocks.append(block)
         self._in_flight.append(encode_result(self._run_rows(plan)))
         assert len(self._in_flight) <= self.limits.run_ahead + 1, "too many plans in flight"
-        self.on_submit(plan)
 
     def result(self) -> StepResult:
         return decode_result(self._in_flight.popleft())
@@ -138,7 +137,8 @@ class FakeShards:
             self._write(slot_id, slot, new)
             if plan.row_samples[index]:
                 results.append(self._sample(slot))
-                slot.last_sampled, slot.sampled_in = results[-1][0], plan.step_id
+                # A row without a token goes on with any, until the coordinator knows and closes it.
+                slot.last_sampled, slot.sampled_in = max(results[-1][0], 0), plan.step_id
             else:
                 results.append((NO_TOKEN, 0.0))
         assert not tokens, "token ids left over in the plan"
@@ -161,6 +161,8 @@ class FakeShards:
         sequence = self.cache[slot.blocks].reshape(-1)[: slot.context_len].tolist()
         assert POISON not in sequence, "a place is read that was never written"
         sampling: SlotSampling = slot.sampling
+        if self.without_token(sequence, sampling.seed):
+            return NO_TOKEN, 0.0
         suppressed = sampling.stop_ids if slot.context_len < sampling.stop_from else ()
         return next_token(sequence, sampling.seed, suppressed)
 

@@ -1,0 +1,54 @@
+"""A plan on its way: what is needed of it once its result is back."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .plan import NO_TOKEN, Bool, Int32, StepResult
+from .request import Request
+from .slot_table import Int64
+
+NOT_FINITE = (
+    "the model's logits are not finite: its activations overflow in this dtype (try bfloat16 or float32), "
+    "or its weights are damaged"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SentPlan:
+    """One entry a row of the plan, decode rows first."""
+
+    step_id: int
+    num_decodes: int
+    slots: Int32
+    serials: Int64  # of who held the slots when it was sent
+    samples: Bool
+    requests: list[Request]
+
+    def hand_out(self, result: StepResult, now: float) -> int:
+        """Give each request its token; the number of tokens dropped, as their requests have ended.
+
+        A row that was to sample and has no token gets an error instead.
+        """
+        token_ids = result.token_ids.tolist()
+        num_dropped = 0
+        for request, token_id in zip(self.requests, token_ids, strict=True):
+            if request.status == "finished":
+                num_dropped += token_id != NO_TOKEN
+            elif token_id != NO_TOKEN:
+                request.output_token_ids.append(token_id)
+        if result.logprobs is not None:
+            for request, token_id, logprob in zip(
+                self.requests, token_ids, result.logprobs.tolist(), strict=True
+            ):
+                if request.output_logprobs is None or request.status == "finished":
+                    continue
+                if token_id != NO_TOKEN:
+                    request.output_logprobs.append(logprob)
+        for request in self.requests[self.num_decodes :]:
+            if request.first_token_s is None and request.output_token_ids:
+                request.first_token_s = now
+        for row in np.flatnonzero(self.samples & (result.token_ids == NO_TOKEN)).tolist():
+            if self.requests[row].status != "finished":
+                self.requests[row].error = NOT_FINITE
+        return num_dropped
