@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,11 +23,11 @@ from ..runtime.models.spec import ModelSpec
 from ..runtime.observe.memory_plan import (
     DeviceKind,
     MemoryPlan,
-    gib,
     host_memory_bytes,
     memory_fraction,
     plan_memory,
 )
+from .run import EXIT_JOB_ERROR, EXIT_OK, report_errors
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
@@ -37,7 +38,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
 def plan(
-    job: Annotated[Path, typer.Argument(help="The job file.")],
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file; see configs/ for examples.")],
     device_memory: Annotated[
         str | None,
         typer.Option(
@@ -46,12 +47,22 @@ def plan(
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a setting: key.sub=value. May be repeated.")
-    ] = None,
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a setting of the job file; may be given again."
+        ),
+    ] = [],  # noqa: B006 - typer copies it
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show what each shard would hold, without reading weights. Exit code 2 when the job does not fit."""
-    config = load_config(job, parse_overrides(overrides or []))
+    """Show what each shard would hold, without reading weights.
+
+    Exit codes: 0 it fits, 2 it does not fit or cannot run; the message names the setting to change.
+    """
+    raise typer.Exit(report_errors(lambda: _plan(job, device_memory, overrides, as_json)))
+
+
+def _plan(job: Path, device_memory: str | None, overrides: list[str], as_json: bool) -> int:
+    config = load_config(job.absolute(), parse_overrides(overrides))
     memory = None if device_memory is None else parse_sizes(device_memory)
     spec = read_spec(config)
     shard_map = ShardMap.build(spec.dims, config.tensor_parallel_size, config.shard_weights)
@@ -65,8 +76,7 @@ def plan(
         typer.echo(json.dumps(result.as_dict() | {"model": config.model}, indent=2))
     else:
         _print(Console(), config, result)
-    if result.problem is not None:
-        raise typer.Exit(2)
+    return EXIT_OK if result.problem is None else EXIT_JOB_ERROR
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -133,30 +143,38 @@ def _gpu_memory() -> list[int]:
 
 
 def _print(console: Console, config: JobConfig, result: MemoryPlan) -> None:
-    table = Table(title=f"{os.path.basename(config.model)}: {len(result.shards)} x {result.device_kind}")
-    for column in (
+    def mib(num_bytes: int | None) -> str:
+        return "?" if num_bytes is None else f"{num_bytes / 2**20:,.0f}"
+
+    table = Table(
+        title=f"{os.path.basename(config.model)} on {len(result.shards)} x {result.device_kind}, MiB",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    headers = (
         "shard",
-        "query heads",
-        "KV heads",
+        "query\nheads",
+        "KV\nheads",
         "weights",
-        "KV per token",
-        "KV cache",
+        "KV\ncache",
         "reserve",
         "total",
-        "may use",
-    ):
-        table.add_column(column, justify="right")
+        "may\nuse",
+        "KV bytes\na token",
+    )
+    for header in headers:
+        table.add_column(header, justify="right")
     for shard in result.shards:
         table.add_row(
             str(shard.rank),
             str(shard.num_q_heads),
             str(shard.num_kv_heads),
-            gib(shard.weight_bytes),
-            f"{shard.kv_bytes_per_token:,} B",
-            gib(shard.kv_bytes),
-            gib(shard.reserve_bytes),
-            gib(shard.total_bytes),
-            "?" if shard.usable_bytes is None else gib(shard.usable_bytes),
+            mib(shard.weight_bytes),
+            mib(shard.kv_bytes),
+            mib(shard.reserve_bytes),
+            mib(shard.total_bytes),
+            mib(shard.usable_bytes),
+            f"{shard.kv_bytes_per_token:,}",
         )
     console.print(table)
     fraction = memory_fraction(config.cache, result.device_kind)

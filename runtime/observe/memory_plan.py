@@ -275,13 +275,10 @@ def _spare_blocks(shard: ShardPlan) -> float:
 
 
 def _more_room(config: JobConfig, spec: ModelSpec, fraction: float) -> str:
-    size = config.tensor_parallel_size
-    room = f"raise cache.memory_fraction={fraction:g}"
-    return (
-        f"raise tensor_parallel_size={size} (up to {spec.num_q_heads}), {room}"
-        if size < spec.num_q_heads
-        else room
-    )
+    size, room = config.tensor_parallel_size, f"cache.memory_fraction={fraction:g}"
+    if size == spec.num_q_heads:
+        return f"raise {room}"
+    return f"raise tensor_parallel_size={size} (up to {spec.num_q_heads}) or {room}"
 
 
 def gib(num_bytes: int) -> str:

@@ -76,7 +76,7 @@ def test_json(job: Path) -> None:
 def test_table(job: Path) -> None:
     result = invoke(str(job), "--device-memory", "4GiB,5GiB")
     assert result.exit_code == 0, result.output
-    for part in ("256 B", "9 blocks of 16 tokens", "128 tokens", "fits", "2.50 GiB"):
+    for part in ("model on 2 x cpu, MiB", "256", "9 blocks of 16 tokens", "128 tokens", "fits", "2,560"):
         assert part in result.stdout
 
 
