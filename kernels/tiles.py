@@ -1,5 +1,6 @@
 """Launch shapes of the Triton kernels: an explicit table instead of run-time tuning, which would make results
-depend on timing. No row has been tuned on a GPU yet; they compile without spills (see the compile test).
+depend on timing. No row has been timed on a GPU yet: each was chosen because it compiles for every target without
+spills (tests/kernels/test_compile.py).
 """
 
 from dataclasses import dataclass
@@ -39,13 +40,23 @@ class AttentionTiles:
         assert self.decode.chunk % self.decode.block_n == 0, "a chunk is whole loop trips"
 
 
+# Largest head dimension -> rows and warps of a prefill tile. 64 rows spill beyond head_dim 64 (80 on sm_80, 256 on
+# sm_100), these do not.
+_PREFILL_ROWS_AND_WARPS = {64: (64, 4), 128: (32, 8), 256: (32, 8)}
+
+
 def attention_tiles(head_dim: int, element_size: int) -> AttentionTiles:
     """The tiles for a head dimension and bytes per cache element."""
+    fitting = [limit for limit in _PREFILL_ROWS_AND_WARPS if head_dim <= limit]
+    if not fitting:
+        raise ValueError(
+            f"head_dim={head_dim} is more than {max(_PREFILL_ROWS_AND_WARPS)}; no tile is known for it"
+        )
+    rows, warps = _PREFILL_ROWS_AND_WARPS[fitting[0]]
     block_n = 64 if head_dim * element_size <= 256 else 32
-    warps = 4 if head_dim <= 64 else 8
     return AttentionTiles(
         decode=AttentionTile(16, block_n, 512, num_warps=4, num_stages=3),
-        prefill=AttentionTile(64, block_n, 512, num_warps=warps, num_stages=2),
+        prefill=AttentionTile(rows, block_n, 512, num_warps=warps, num_stages=2),
         max_decode_queries=16,
     )
 
