@@ -18,7 +18,7 @@ from ..runtime.models.checkpoint_index import read_index
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
 from ..runtime.models.tokenizer import load_tokenizer
-from ..runtime.observe.memory_plan import MemoryPlan, plan_memory, resolve_dtype
+from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, plan_memory, resolve_dtype
 from ..runtime.paths import cache_dir
 from ..runtime.sampling_params import SamplingParams
 
@@ -70,7 +70,7 @@ class Engine:
         if launcher is None:
             launcher = _launcher(config)
         config = resolve_device(config, launcher)
-        device_kind = "cuda" if config.device == "cuda" else "cpu"
+        device_kind: DeviceKind = "cuda" if config.device == "cuda" else "cpu"
         planned: list[MemoryPlan] = []
 
         def size_cache(memory: list[int] | None) -> CacheSize:
@@ -84,7 +84,9 @@ class Engine:
         if config.chat_template is not None:
             tokenizer.chat_template = _read_template(config.chat_template)
         executor = _executor(config, launcher, str(model_path.resolve()), size_cache)
-        on_status(f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}")
+        on_status(
+            f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}"
+        )
         try:
             shards = executor.start()
         except BaseException:
@@ -92,7 +94,9 @@ class Engine:
             raise
         return cls(config, index.spec, planned[-1], tokenizer, executor, shards)
 
-    def make_request(self, request_id: str, prompt: "str | Sequence[int] | Messages", sampling: SamplingParams) -> Request:
+    def make_request(
+        self, request_id: str, prompt: "str | Sequence[int] | Messages", sampling: SamplingParams
+    ) -> Request:
         """A request from a text, token ids, or chat messages. Raises RequestError when it cannot be tokenised."""
         return Request.new(request_id, self._token_ids(request_id, prompt), sampling, self.config.seed)
 
@@ -113,7 +117,9 @@ class Engine:
                 "set chat_template or send a prompt"
             )
         try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it may raise anything
             raise RequestError(f'request "{request_id}": the chat template refused it: {error}') from None
         # The template writes the special tokens itself, BOS included.

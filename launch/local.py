@@ -46,7 +46,9 @@ class InProcessExecutor:
         torch.set_num_threads(threads)
         with open_checkpoint(Path(self._model_path)) as checkpoint:
             shard_map = ShardMap.build(checkpoint.spec.dims, 1)
-            self.worker = Worker(config, checkpoint, shard_map, Group.single(device), self._size.max_model_len)
+            self.worker = Worker(
+                config, checkpoint, shard_map, Group.single(device), self._size.max_model_len
+            )
         self.worker.allocate(self._size.num_blocks)
         return [shard_info(self.worker, threads)]
 
@@ -133,8 +135,8 @@ class LocalLauncher:
         for line in self._nursery.stdout:
             rank, status = line.split()
             self._ended[int(rank)] = describe_status(int(status))
-        for rank in range(num_jobs):
-            self._ended.setdefault(rank, "the process that started it ended")
+        for left in range(num_jobs):
+            self._ended.setdefault(left, "the process that started it ended")
 
 
 def describe_status(status: int) -> str:

@@ -25,7 +25,9 @@ def main() -> None:
     # A child must not write into the report pipe, and Ctrl-C is the coordinator's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     (num_jobs,) = LENGTH.unpack(source.read(LENGTH.size))
-    jobs = [ShardJob.from_bytes(source.read(LENGTH.unpack(source.read(LENGTH.size))[0])) for _ in range(num_jobs)]
+    jobs = [
+        ShardJob.from_bytes(source.read(LENGTH.unpack(source.read(LENGTH.size))[0])) for _ in range(num_jobs)
+    ]
     wake, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)

@@ -27,8 +27,12 @@ class KVCache:
         shape = (num_blocks, len(shard.kv_heads), block_size, spec.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.k: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
-        self.v: list[Tensor] = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+        self.k: list[Tensor] = [
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)
+        ]
+        self.v: list[Tensor] = [
+            torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)
+        ]
 
     @property
     def num_bytes(self) -> int:

@@ -48,7 +48,9 @@ class Slots:
         self._context_len[slots] = after
         ends = np.cumsum(query_lens)
         num_tokens = int(ends[-1])
-        assert np.all(self._num_blocks[slots] * self._block_size >= after), "a row has more tokens than blocks"
+        assert np.all(self._num_blocks[slots] * self._block_size >= after), (
+            "a row has more tokens than blocks"
+        )
 
         row_of_token = np.repeat(np.arange(len(slots)), query_lens)
         positions_host = np.arange(num_tokens) + (before - (ends - query_lens))[row_of_token]
@@ -57,7 +59,9 @@ class Slots:
         token_ids_host[~from_device[row_of_token]] = plan.token_ids
         token_ids = self._to_device(token_ids_host)
         if from_device.any():
-            token_ids[self._to_device(ends[from_device] - 1)] = self._last_token[self._to_device(slots[from_device])]
+            token_ids[self._to_device(ends[from_device] - 1)] = self._last_token[
+                self._to_device(slots[from_device])
+            ]
         positions = self._to_device(positions_host)
 
         max_blocks = -(-int(after.max()) // self._block_size)

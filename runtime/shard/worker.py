@@ -39,7 +39,9 @@ class Worker:
         self.device = group.device
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         weights = load_weights(checkpoint, self.spec, self.shard, self._dtype, self.device)
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()}
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()
+        }
         self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
         self.decoder = Decoder(self.spec, self.shard, weights, group, max_model_len)
 
@@ -94,7 +96,7 @@ class _Clock:
         """Milliseconds up to `end`, or up to now without one."""
         if self._event is None or end is None:
             return (time.perf_counter() - self._start) * 1e3
-        return self._event.elapsed_time(end)
+        return float(self._event.elapsed_time(end))
 
 
 class PendingResult:

@@ -20,7 +20,15 @@ class Setting:
     @property
     def id(self) -> str:
         flags = [name for name in ("one_at_a_time", "chunked", "few_blocks") if getattr(self, name)]
-        return "-".join([str(self.size), self.launcher, f"ahead{self.run_ahead}", *flags, *([] if self.cache else ["nocache"])])
+        return "-".join(
+            [
+                str(self.size),
+                self.launcher,
+                f"ahead{self.run_ahead}",
+                *flags,
+                *([] if self.cache else ["nocache"]),
+            ]
+        )
 
     @property
     def possible(self) -> bool:

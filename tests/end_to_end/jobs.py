@@ -50,13 +50,22 @@ def command(job: Path, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Wide output, so that no line of the summary is folded; no torchrun variables of a caller."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")
+    }
     return clean | {"COLUMNS": "200"}
 
 
 def run_job(job: Path, *arguments: str, timeout_s: float = 240) -> JobRun:
     done = subprocess.run(
-        command(job, *arguments), capture_output=True, text=True, timeout=timeout_s, env=environment(), check=False
+        command(job, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(),
+        check=False,
     )
     return JobRun(done.returncode, done.stdout, done.stderr, read_output(job.parent / "output.jsonl"))
 

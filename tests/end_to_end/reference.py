@@ -4,13 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 import kvshard
+import torch
 from kvshard.runtime.models.resolve import fetch_demo
 from kvshard.runtime.models.tokenizer import load_tokenizer
 from kvshard.runtime.paths import cache_dir
+from transformers import AutoModelForCausalLM
 
 NEAR_TIE = 1e-3
 """Two logits closer than this may swap: fp32 sums in another order differ by about 1e-4 on this model."""
@@ -40,6 +39,7 @@ def generate_reference(prompts: list[list[int]], max_tokens: int) -> list[Refere
     """One row at a time, float32, weights read and dequantised by transformers itself."""
     path = fetch_demo()
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    torch.set_num_threads(1)  # two threads wait for each other when the machine is busy
     rows = []
     for prompt in prompts:
         with torch.inference_mode():

@@ -40,7 +40,7 @@ def test_long_tokens_equal_transformers(
 
 def _check(setting: Setting, reference: list[ReferenceRow], max_tokens: int, folder: Path) -> None:
     prompts = {str(i): row.prompt_token_ids for i, row in enumerate(reference)}
-    run = _generate(setting, prompts, {key: max_tokens for key in prompts}, folder / "job")
+    run = _generate(setting, prompts, dict.fromkeys(prompts, max_tokens), folder / "job")
     _check_counters(setting, run)
     excused: set[str] = set()
     offsets = dict.fromkeys(prompts, 0)
@@ -54,7 +54,9 @@ def _check(setting: Setting, reference: list[ReferenceRow], max_tokens: int, fol
             place = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
             assert place is not None, f"row {key}: one is a prefix of the other: {got} and {expected}"
             gap = row.gaps[start + place]
-            assert gap < NEAR_TIE, f"row {key} differs at token {start + place}, where the top two logits are {gap} apart"
+            assert gap < NEAR_TIE, (
+                f"row {key} differs at token {start + place}, where the top two logits are {gap} apart"
+            )
             excused.add(key)
             offsets[key] = start + place + 1
             if offsets[key] < len(row.token_ids):
@@ -67,7 +69,9 @@ def _check(setting: Setting, reference: list[ReferenceRow], max_tokens: int, fol
     assert len(excused) <= allowed, f"rows {sorted(excused)} met near-ties; {allowed} may"
 
 
-def _generate(setting: Setting, prompts: dict[str, list[int]], max_tokens: dict[str, int], folder: Path) -> JobRun:
+def _generate(
+    setting: Setting, prompts: dict[str, list[int]], max_tokens: dict[str, int], folder: Path
+) -> JobRun:
     config: dict[str, Any] = {
         "model": "demo",
         "dtype": "float32",
@@ -83,7 +87,9 @@ def _generate(setting: Setting, prompts: dict[str, list[int]], max_tokens: dict[
             "run_ahead": setting.run_ahead,
         },
     }
-    rows = [{"id": key, "prompt_token_ids": ids, "max_tokens": max_tokens[key]} for key, ids in prompts.items()]
+    rows = [
+        {"id": key, "prompt_token_ids": ids, "max_tokens": max_tokens[key]} for key, ids in prompts.items()
+    ]
     run = run_job(write_job(folder, config, rows), timeout_s=1500)
     assert run.returncode == 0, run.stdout + run.stderr
     assert sorted(run.rows) == sorted(prompts)

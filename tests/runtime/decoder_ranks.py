@@ -70,7 +70,9 @@ def trace(store: Store, rank: int, world_size: int, path: Path, prompts: list[li
     worker = make_worker(path, group)
     # Block ids in no order, so that a table that is not followed shows.
     free = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS)).tolist()
-    tables = {i: tuple(free.pop() for _ in range(-(-len(ids) // BLOCK_SIZE))) for i, ids in enumerate(prompts)}
+    tables = {
+        i: tuple(free.pop() for _ in range(-(-len(ids) // BLOCK_SIZE))) for i, ids in enumerate(prompts)
+    }
     layers: dict[int, list[list[torch.Tensor]]] = {}
     recorded: list[torch.Tensor] = []
     plain = ops.add_rms_norm

@@ -36,7 +36,9 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "sizes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("overrides", "sizes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_layers_and_logits_equal_transformers(
     overrides: dict[str, Any], sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -75,7 +77,7 @@ def _reference(model: Any) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     for prompt in PROMPTS:
         outputs: dict[int, torch.Tensor] = {}
         hooks = [
-            layer.register_forward_hook(lambda _, __, out, i=i: outputs.update({i: out}))
+            layer.register_forward_hook(lambda _, __, out, i=i, outputs=outputs: outputs.update({i: out}))
             for i, layer in enumerate(model.model.layers)
         ]
         with torch.inference_mode():
@@ -83,6 +85,7 @@ def _reference(model: Any) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
         for hook in hooks:
             hook.remove()
         for i, out in outputs.items():
-            layers.setdefault(i, []).append((out[0] if isinstance(out, tuple) else out).reshape(len(prompt), -1))
+            layers.setdefault(i, []).append(
+                (out[0] if isinstance(out, tuple) else out).reshape(len(prompt), -1)
+            )
     return {i: torch.cat(parts).float() for i, parts in layers.items()}, torch.stack(logits)
-

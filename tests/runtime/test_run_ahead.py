@@ -103,7 +103,8 @@ def generate(
 ) -> dict[str, Request]:
     greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     requests = {
-        name: Request.new(name, prompt, (sampling or {}).get(name, greedy)) for name, prompt in prompts.items()
+        name: Request.new(name, prompt, (sampling or {}).get(name, greedy))
+        for name, prompt in prompts.items()
     }
     for request in requests.values():
         coordinator.add(request)
@@ -195,7 +196,8 @@ def test_all_at_once_leaves_nothing_behind(model: Path, alone: dict[str, list[in
     coordinator = start(model, num_blocks=14)
     prompts = {f"{name}{i}": prompt for i in range(6) for name, prompt in PROMPTS.items()}
     sampling = {
-        name: SamplingParams(temperature=0, max_tokens=int(rng.integers(1, NUM_TOKENS + 1))) for name in prompts
+        name: SamplingParams(temperature=0, max_tokens=int(rng.integers(1, NUM_TOKENS + 1)))
+        for name in prompts
     }
 
     def abort_some(step: int, requests: dict[str, Request]) -> None:
