@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store, Work
 
 from .all_reduce import GroupError, sum_in_rank_order
 
@@ -46,7 +46,7 @@ class GlooTransport:
         self._timeout_s = timeout_s
         self._aborted: str | None = None
         self._buffers: dict[str, Tensor] = {}
-        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options: Any = ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout_s)
         if interface is not None:
             options._devices = [ProcessGroupGloo.create_device(interface=interface)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store
 
 from .all_reduce import GroupError
 
@@ -48,7 +48,7 @@ class NcclTransport:
     def barrier(self, where: str) -> None:
         self._begin(where)
         self._process_group.allreduce([self._token]).wait()
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done: Any = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._token.device))
         deadline = time.monotonic() + self._timeout_s
         while not done.query():
