@@ -17,7 +17,6 @@ from rich.table import Table
 from ..runtime.config import JobConfig, parse_config
 from ..runtime.errors import ConfigError
 from ..runtime.sampling_params import SamplingParams
-from .run import report_errors
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -62,10 +61,6 @@ def cache_command(
     With the cache each token goes through the model once. Without it every step runs the whole sequence
     again: 5,050 token-steps instead of 100 for 100 tokens.
     """
-    raise typer.Exit(report_errors(lambda: _bench_cache(model, lengths, repeats, output)))
-
-
-def _bench_cache(model: str, lengths: str, repeats: int, output: Path) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("the plot needs matplotlib: pip install 'kvshard[plot]'")
     counts = parse_lengths(lengths)
@@ -81,7 +76,6 @@ def _bench_cache(model: str, lengths: str, repeats: int, output: Path) -> int:
     (output / "cache.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     plot(samples, output / "cache.png", f"{model}, {machine['device']}")
     console.print(f"Plot: {output / 'cache.png'}; raw values: {output / 'cache.json'}", soft_wrap=True)
-    return 0
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -27,7 +27,7 @@ from ..runtime.observe.memory_plan import (
     memory_fraction,
     plan_memory,
 )
-from .run import EXIT_JOB_ERROR, EXIT_OK, report_errors
+from .run import EXIT_JOB_ERROR
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base**power
@@ -58,10 +58,6 @@ def plan(
 
     Exit codes: 0 it fits, 2 it does not fit or cannot run; the message names the setting to change.
     """
-    raise typer.Exit(report_errors(lambda: _plan(job, device_memory, overrides, as_json)))
-
-
-def _plan(job: Path, device_memory: str | None, overrides: list[str], as_json: bool) -> int:
     config = load_config(job.absolute(), parse_overrides(overrides))
     memory = None if device_memory is None else parse_sizes(device_memory)
     spec = read_spec(config)
@@ -76,7 +72,8 @@ def _plan(job: Path, device_memory: str | None, overrides: list[str], as_json: b
         typer.echo(json.dumps(result.as_dict() | {"model": config.model}, indent=2))
     else:
         _print(Console(), config, result)
-    return EXIT_OK if result.problem is None else EXIT_JOB_ERROR
+    if result.problem is not None:
+        raise typer.Exit(EXIT_JOB_ERROR)
 
 
 def parse_sizes(text: str) -> list[int]:

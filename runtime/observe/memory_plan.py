@@ -6,7 +6,7 @@ Per shard, in bytes:
     KV        = num_blocks * block_size * 2 * layers * local KV heads * head_dim * cache dtype   (exact)
     reserve   = activations + logits + rotary tables + runtime                     (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
-      logits      = max_num_seqs * vocabulary rows * (dtype + 12)     raw, float32 copy, sampler's keys and noise
+      logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copy, sampler's keys, masses and noise
       rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
       gathered    = CPU only: K and V of one attention call, a stream per query head, and its mask
       runtime     = CUDA: 512 MiB context, 512 MiB graphs, 512 MiB NCCL when there are more shards; CPU: 256 MiB
@@ -200,7 +200,7 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     vocab_rows = max(len(shard.vocab_rows) for shard in shard_map.shards)
     token_elements = 4 * spec.hidden_size + 2 * qkv_heads * spec.head_dim + 3 * mlp_columns
     activations = scheduler.max_num_batched_tokens * token_elements * dtype_bytes
-    logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 12)
+    logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 24)
     longest = scheduler.max_model_len or spec.max_position_embeddings
     rotary = longest * 2 * spec.rotary.rotary_dim * 4
     if device_kind == "cuda":
