@@ -133,6 +133,13 @@ def test_top_k_one_draws_from_all_the_best() -> None:
     assert set(draw([1.0, 5.0, 5.0, -2.0, 5.0], settings(top_k=1), 200)) == {1, 2, 4}
 
 
+def test_top_p_counts_the_mass_of_all_ties_that_top_k_kept() -> None:
+    """The best token has 0.45 of the mass of three tokens, but 1 % of that of the 200 that top_k = 3 keeps."""
+    logits = [0.5, *[0.0] * 199]
+    assert len(set(draw(logits, settings(top_k=3, top_p=0.4), 3000))) == 200
+    assert set(draw(logits[:3], settings(top_k=3, top_p=0.4), 100)) == {0}
+
+
 def test_zeros_of_both_signs_are_equal() -> None:
     logits = torch.tensor([[-0.0, 0.0, -1.0]])
     assert run(sampler_of(3, settings(**GREEDY)), logits)[0].tolist() == [0]
@@ -178,7 +185,7 @@ def test_logprobs_are_log_softmax_of_the_raw_logits_for_the_whole_batch() -> Non
 def test_a_reopened_slot_forgets_what_was_set_before() -> None:
     logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(6))
     best = int(logits.argmax())
-    first = settings(**GREEDY, stop_ids=(best, 3, 4), stop_from=10, logprobs=True)
+    first = settings(**GREEDY, stop_ids=(3, 4, best), stop_from=10, logprobs=True)
     sampler = sampler_of(100, first)
     token_ids, logprobs = run(sampler, logits)
     assert token_ids.item() != best

@@ -188,11 +188,13 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
         assert unsharded(logits[slots], slots) == expected
 
 
-def test_equal_logits_on_several_ranks_go_to_the_lowest_id() -> None:
-    logits = torch.zeros(1, VOCAB_SIZE)
+@pytest.mark.parametrize("best", [4.0, -0.0])
+def test_equal_logits_on_several_ranks_go_to_the_lowest_id(best: float) -> None:
+    logits = torch.full((1, VOCAB_SIZE), -1.0)
     opened = [settings(temperature=0.0)]
     borders = [rows.start for rows in shares(5)]
-    logits[0, borders[2:]] = 4.0
+    logits[0, borders[2:]] = abs(best)
+    logits[0, borders[2]] = best
     results = on_threads(5, lambda group, rows: sample(group, rows, logits, [0], opened))
     assert [tokens for tokens, _ in results] == [[borders[2]]] * 5
 
