@@ -46,7 +46,7 @@ class GlooTransport:
         self._timeout_s = timeout_s
         self._aborted: str | None = None
         self._buffers: dict[str, Tensor] = {}
-        options: Any = ProcessGroupGloo._Options()
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
         if interface is not None:
             options._devices = [ProcessGroupGloo.create_device(interface=interface)]

@@ -24,9 +24,7 @@ class _Section(BaseModel):
 class CacheConfig(_Section):
     """The KV cache."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="element type of K and V; auto: the model's dtype"
-    )
+    dtype: Literal["auto"] = Field("auto", description="element type of K and V; auto: the model's dtype")
     block_size: int = Field(16, ge=1, le=256, description="tokens a block")
     num_blocks: int | None = Field(
         None, ge=2, description="blocks of the cache; null: as many as memory_fraction allows"

@@ -53,7 +53,7 @@ class Worker:
             self.shard,
             num_blocks=num_blocks,
             block_size=cache.block_size,
-            dtype=self._dtype if cache.dtype == "auto" else getattr(torch, cache.dtype),
+            dtype=self._dtype,
             device=self.device,
         )
         self.slots = Slots(
