@@ -1,0 +1,50 @@
+"""What the plan says before anything is loaded is what running shards hold, to the byte."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvshard.launch.local import InProcessExecutor, LocalLauncher
+from kvshard.parallel.shard_map import ShardMap
+from kvshard.runtime.config import parse_config
+from kvshard.runtime.coordinator.executor import Executor
+from kvshard.runtime.coordinator.remote import CacheSize, RemoteExecutor
+from kvshard.runtime.models.checkpoint_index import read_index
+from kvshard.runtime.observe.memory_plan import plan_memory
+from models_factory import make_llama
+
+CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (1, {"tie_word_embeddings": True}, {}),
+    (1, {}, {"dtype": "bfloat16"}),
+    (2, {"tie_word_embeddings": True}, {"shard_weights": [3, 1]}),
+    (2, {}, {"dtype": "bfloat16", "cache": {"num_blocks": 7, "block_size": 32}}),
+    (4, {"num_key_value_heads": 2}, {"cache": {"num_blocks": 11}}),
+    (5, {"num_key_value_heads": 1, "intermediate_size": 100}, {"cache": {"num_blocks": 2}}),
+]
+
+
+@pytest.mark.parametrize(("size", "model", "settings"), CASES)
+def test_shards_hold_what_was_planned(
+    size: int, model: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    path = make_llama(tmp_path, **model)
+    values = {"model": str(path), "tensor_parallel_size": size, "device": "cpu", "dtype": "float32"}
+    config = parse_config(values | {"scheduler": {"max_model_len": 32}} | settings, "test")
+    spec = read_index(path).spec
+    plan = plan_memory(config, spec, ShardMap.build(spec.dims, size, config.shard_weights), "cpu", 2**30)
+    cache_size = CacheSize(plan.num_blocks, plan.max_model_len)
+    executor: Executor
+    if size == 1:
+        executor = InProcessExecutor(config, str(path), cache_size)
+    else:
+        executor = RemoteExecutor(LocalLauncher(size), config, str(path), lambda _: cache_size)
+    try:
+        shards = executor.start()
+    finally:
+        executor.close()
+    assert len(shards) == size
+    for planned, held in zip(plan.shards, shards, strict=True):
+        assert held.num_blocks == plan.num_blocks
+        assert held.weight_bytes == planned.weight_bytes
+        assert held.kv_bytes == planned.kv_bytes
+        assert (held.num_q_heads, held.num_kv_heads) == (planned.num_q_heads, planned.num_kv_heads)
