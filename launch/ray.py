@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import threading
 from typing import Any
 
@@ -39,7 +40,9 @@ class ShardActor:
         """Begin to serve plans; returns at once."""
         shard_job = ShardJob.from_bytes(job)
         self._device = shard_job.device
-        self._thread = threading.Thread(target=self._serve, args=(shard_job,), name="kvshard-shard", daemon=True)
+        self._thread = threading.Thread(
+            target=self._serve, args=(shard_job,), name="kvshard-shard", daemon=True
+        )
         self._thread.start()
 
     def join(self) -> str | None:
@@ -149,6 +152,7 @@ class RayLauncher:
         if ray.is_initialized():
             return
         address = self._config.ray.address or os.environ.get("RAY_ADDRESS")
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
                 address=address,
@@ -159,7 +163,13 @@ class RayLauncher:
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = address or "a Ray cluster on this host"
-            raise ConfigError(f"cannot join {where}: {error}; check ray.address, or null to start one here") from None
+            raise ConfigError(
+                f"cannot join {where}: {error}; check ray.address, or null to start one here"
+            ) from None
+        finally:
+            # Ray's own handler ends the process on the spot; a job finishes its step and its output first.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
         self._started_ray = True
 
     def _no_room(self, bundle: dict[str, float], size: int) -> str:
@@ -172,7 +182,9 @@ class RayLauncher:
         for node in ray.nodes():
             if node["Alive"]:
                 left = free.get(node["NodeID"], {})
-                have = ", ".join(f"{left.get(name, 0):g} of {node['Resources'].get(name, 0):g} {name}" for name in bundle)
+                have = ", ".join(
+                    f"{left.get(name, 0):g} of {node['Resources'].get(name, 0):g} {name}" for name in bundle
+                )
                 lines.append(f"  {node['NodeManagerAddress']}: {have}")
         lines.append("lower tensor_parallel_size, add nodes, or wait for other jobs to end")
         return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Shards as torchrun's workers. torchrun starts and watches them; rank 0 also spawns the coordinator.
 
-    kvshard run JOB.yaml                                     starts torchrun on this host
+    kvshard run JOB.yaml                                     is torchrun, on this host
     torchrun --nproc-per-node 3 -m kvshard run JOB.yaml      joins it
 
 The coordinator is a child process of rank 0, so that tokenising and file work never hold up a
@@ -8,29 +8,36 @@ launch. Rank 0 tells it where the workers are through its stdin, gets the shards
 a pipe and hands them to the workers through torchrun's store.
 """
 
+import ctypes
 import os
-import select
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError, Store, rendezvous
+from torch.distributed import run as torch_run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from ..runtime.config import JobConfig
 from ..runtime.coordinator.launcher import Placement
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, ShardError
 from ..runtime.messages import ShardJob, pack, unpack
 from ..runtime.shard.main import run_shard
 
 LENGTH = struct.Struct("<I")
 NO_JOB = b"-"
 JOIN_S = 120.0  # for all workers to come to the store, in seconds
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+JOB_ERROR, INTERRUPTED = 2, 130  # exit codes, as in run.py, which imports more than a worker needs
+ENDED = "torchrun ended the workers; its own log names the first that failed"
 
 
 def inside_torchrun() -> bool:
@@ -39,20 +46,32 @@ def inside_torchrun() -> bool:
 
 
 def start_torchrun(config: JobConfig, arguments: list[str]) -> int:
-    """Run `kvshard run ARGUMENTS` under a torchrun on this host; returns the job's exit code."""
+    """Run `kvshard run ARGUMENTS` as torchrun's workers on this host; returns the job's exit code.
+
+    This process is torchrun's agent itself: nothing runs on when it is killed.
+    """
+    options = ["--standalone", "--nproc-per-node", str(config.tensor_parallel_size)]
     with tempfile.TemporaryDirectory(prefix="kvshard-") as folder:
         report = Path(folder) / "exit_code"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(config.tensor_parallel_size)]
-        command += ["-m", "kvshard", "run", *arguments, "--report-exit-code", str(report)]
-        agent = subprocess.Popen(command)
-        previous = {s: signal.signal(s, lambda *_: agent.terminate()) for s in (signal.SIGINT, signal.SIGTERM)}
+        command = ["-m", "kvshard", "run", *arguments, "--report-exit-code", str(report)]
+        # As torchrun would, after a warning; a shard sets its own number of threads.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the agent sets its own
+        failures: dict[int, ProcessFailure] = {}
         try:
-            status = agent.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        return int(report.read_text()) if report.exists() else (status and 2)
+            torch_run.run(torch_run.parse_args([*options, *command]))
+        except SignalException:
+            pass  # the workers have ended by now
+        except ChildFailedError as error:
+            failures = error.failures
+        code = int(report.read_text()) if report.exists() else INTERRUPTED
+    # A coordinator that torchrun stops because a worker died cannot tell that from a user's Ctrl-C.
+    if failures and code == INTERRUPTED:
+        rank, failed = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
+        reason = failed.signal_name() if failed.exitcode < 0 else f"exit code {failed.exitcode}"
+        print(f"Error: shard {rank} was lost ({reason}). Repeat the command to go on.", file=sys.stderr)
+        return JOB_ERROR
+    return code
 
 
 def join_torchrun(config: JobConfig, options: dict[str, Any], report: Path | None) -> int:
@@ -67,6 +86,7 @@ def join_torchrun(config: JobConfig, options: dict[str, Any], report: Path | Non
             f"tensor_parallel_size={config.tensor_parallel_size} and torchrun started {world_size} workers; "
             "make them equal (torchrun --nproc-per-node times --nnodes)"
         )
+    _end_with_parent()
     store = _store()
     store.set(f"kvshard/place/{rank}", pack([_address(), int(os.environ.get("LOCAL_RANK", "0"))]))
     if rank == 0:
@@ -106,10 +126,18 @@ def _run_rank_zero(
     if jobs[0] != NO_JOB:
         _run_shard(ShardJob.from_bytes(jobs[0]))
     code = coordinator.wait()
+    if code < 0:
+        print(f"Error: the coordinator was killed by {signal.Signals(-code).name}.", file=sys.stderr)
+        code = JOB_ERROR
     if report is None:
         return code
     report.write_text(str(code))
     return 0
+
+
+def _end_with_parent() -> None:
+    """Have this process killed when torchrun's agent dies, which cannot end its workers then."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run_shard(job: ShardJob) -> None:
@@ -136,7 +164,9 @@ def _wait(store: Store, key: str, timeout_s: float) -> bytes:
     try:
         store.wait([key], timedelta(seconds=timeout_s))
     except DistError:
-        raise ConfigError(f"torchrun's workers did not all start within {timeout_s:g} s: {key} is missing") from None
+        raise ConfigError(
+            f"torchrun's workers did not all start within {timeout_s:g} s: {key} is missing"
+        ) from None
     value: bytes = store.get(key)
     return value
 
@@ -156,6 +186,9 @@ class TorchrunLauncher:
     def __init__(self, places: list[tuple[str, int]], jobs_fd: int) -> None:
         self._places = places
         self._jobs_fd = jobs_fd
+        self._started = False
+        self._rank_zero_gone = threading.Event()
+        threading.Thread(target=self._watch_rank_zero, name="rank-zero-watch", daemon=True).start()
 
     def place(self, device: str) -> list[Placement]:
         cuda = device == "cuda"
@@ -165,17 +198,25 @@ class TorchrunLauncher:
         ]
 
     def start(self, jobs: list[ShardJob]) -> None:
-        with os.fdopen(self._jobs_fd, "wb") as sink:
-            sink.write(pack([job.to_bytes() for job in jobs]))
+        try:
+            with os.fdopen(self._jobs_fd, "wb") as sink:
+                sink.write(pack([job.to_bytes() for job in jobs]))
+        except BrokenPipeError:
+            raise ShardError(0, self._places[0][0], 0, ENDED) from None
+        self._started = True
 
     def dead(self) -> dict[int, str]:
         """Only rank 0 is seen from here; torchrun ends it when any other worker dies."""
-        if select.select([sys.stdin.buffer], [], [], 0)[0]:
-            return {0: "torchrun ended the workers; its own log names the first that failed"}
-        return {}
+        return {0: ENDED} if self._rank_zero_gone.is_set() else {}
 
     def close(self, timeout_s: float) -> None:
         """The workers end by themselves, and torchrun watches them."""
+
+    def _watch_rank_zero(self) -> None:
+        os.read(sys.stdin.fileno(), 1)  # returns when rank 0 has ended
+        self._rank_zero_gone.set()
+        if not self._started:
+            os._exit(JOB_ERROR)  # in the middle of imports and files, and with nothing to save
 
 
 def main() -> int:

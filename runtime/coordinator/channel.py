@@ -1,7 +1,7 @@
 """The coordinator's end of the control channel: one ROUTER socket for every launcher.
 
-On one host it is an ipc socket in a folder that only this user can enter. Across hosts it is
-tcp on one named interface, encrypted and authenticated with CURVE and a key made for this job.
+On one host it is an ipc socket that only this user can reach. Across hosts it is tcp on one named
+interface, encrypted and authenticated with CURVE and a key made for this job.
 """
 
 import os
@@ -20,6 +20,7 @@ from ..messages import CurveKeys, Kind
 
 HEARTBEAT_MS = 2_000
 LOST_AFTER_MS = 10_000
+LINGER_MS = 2_000  # for the last message, which tells the shards to close
 
 
 class PeerGone(ConnectionError):
@@ -49,29 +50,47 @@ class ControlChannel:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, high_water_mark)
         self._socket.setsockopt(zmq.SNDTIMEO, int(send_timeout_s * 1000))
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, LOST_AFTER_MS)
         self._authenticator: ThreadAuthenticator | None = None
-        self._ipc_path: Path | None = None
+        self._ipc_file: int | None = None
         self.curve: CurveKeys | None = None
         try:
-            if address is None:
-                self._ipc_path = _socket_folder() / f"{os.getpid()}-{secrets.token_hex(4)}"
-                self._socket.bind(f"ipc://{self._ipc_path}")
-            else:
-                self.curve = self._secure()
-                self._socket.bind(address if address.startswith("tcp://") else f"tcp://{address}:*")
-        except zmq.ZMQError as error:
-            where = self._ipc_path or address
+            self.endpoint = self._bind_ipc() if address is None else self._bind_tcp(address)
+        except ConfigError:
             self.close()
+            raise
+
+    def _bind_ipc(self) -> str:
+        """Bind in a private folder and take the name away at once, so that no death can leave it behind.
+
+        The shards connect through /proc, which only lets this user in.
+        """
+        path = _socket_folder() / f"{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            self._socket.bind(f"ipc://{path}")
+        except zmq.ZMQError as error:
             raise ConfigError(
-                f"cannot listen on {where} for the shards: {error.strerror}; "
+                f"cannot listen on the socket {path} for the shards: {error.strerror}; "
+                "set the environment variable TMPDIR to another folder, with a short path"
+            ) from None
+        self._ipc_file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        path.unlink()
+        return f"ipc:///proc/{os.getpid()}/fd/{self._ipc_file}"
+
+    def _bind_tcp(self, address: str) -> str:
+        self.curve = self._secure()
+        try:
+            self._socket.bind(address if address.startswith("tcp://") else f"tcp://{address}:*")
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"cannot listen on {address} for the shards: {error.strerror}; "
                 "free the address or set network.interface to another one"
             ) from None
-        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def _secure(self) -> CurveKeys:
         server_public, server_secret = zmq.curve_keypair()
@@ -105,8 +124,9 @@ class ControlChannel:
         if self._authenticator is not None:
             self._authenticator.stop()
         self._context.term()
-        if self._ipc_path is not None:
-            self._ipc_path.unlink(missing_ok=True)
+        if self._ipc_file is not None:
+            os.close(self._ipc_file)
+            self._ipc_file = None
 
 
 class _OneKey:
@@ -126,10 +146,17 @@ def _rank(identity: bytes) -> int:
 def _socket_folder() -> Path:
     """A per-user folder with mode 0700 and a short path (socket paths are limited to 107 bytes).
 
-    Sockets of coordinators that were killed are removed here.
+    A coordinator that was killed right between binding and unlinking leaves its socket here; it is removed.
     """
     folder = Path(tempfile.gettempdir()) / f"kvshard-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        pass  # whatever it is, it is checked below
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create {folder} for the control socket: {error.strerror}; set TMPDIR"
+        ) from None
     status = folder.lstat()
     if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o077:
         raise ConfigError(
@@ -146,7 +173,12 @@ def interface_address(interface: str | None, peer: str) -> str:
     """The IPv4 address of `interface`, or of the interface that reaches host `peer`. Raises ConfigError."""
     if interface is None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((peer, 9))  # no packet is sent: this only asks the routing table
+            try:
+                probe.connect((peer, 9))  # no packet is sent: this only asks the routing table
+            except OSError as error:
+                raise ConfigError(
+                    f"no way from here to host {peer}: {error.strerror}; check its name, or set network.interface"
+                ) from None
             return str(probe.getsockname()[0])
     addresses = psutil.net_if_addrs()
     if interface not in addresses:

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import kvshard
 
@@ -49,6 +50,7 @@ class RemoteExecutor:
         self._arrived: dict[int, StepResult] = {}  # by step_id: rank 0's
         self._checks: dict[int, list[tuple[int, int]]] = {}  # by step_id: (rank, checksum) of the others
         self._next_step = 0
+        self._started = False
 
     def start(self) -> list[ShardInfo]:
         """Place, start and load the shards. Raises ConfigError or ShardError."""
@@ -77,6 +79,7 @@ class RemoteExecutor:
         start = Start(hellos[0].store, size.num_blocks, size.max_model_len, threads)
         self._broadcast(Kind.START, pack(vars(start)))
         ready = {rank: ShardInfo(**unpack(p)) for rank, p in self._collect(Kind.READY, deadline)}
+        self._started = True
         return [ready[rank] for rank in ranks]
 
     def submit(self, plan: StepPlan) -> None:
@@ -104,16 +107,17 @@ class RemoteExecutor:
         return {rank: unpack(p) for rank, p in self._ask_watchers(Kind.STACKS)}
 
     def close(self) -> None:
-        if self._channel is None:
-            return
-        for rank in range(self._config.tensor_parallel_size):
-            try:
-                self._channel.send(shard_identity(rank), Kind.CLOSE, b"")
-            except PeerGone:
-                continue  # that is what closing is for
-        self._launcher.close(self._config.timeouts.close_s)
-        self._channel.close()
-        self._channel = None
+        if self._channel is not None:
+            for rank in range(self._config.tensor_parallel_size):
+                try:
+                    self._channel.send(shard_identity(rank), Kind.CLOSE, b"")
+                except PeerGone:
+                    continue  # that is what closing is for
+        # Shards that are still loading would read the message too late to be worth waiting for.
+        self._launcher.close(self._config.timeouts.close_s if self._started else 0.0)
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def _address(self, placements: list[Placement]) -> str | None:
         elsewhere = [placement.host for placement in placements if not placement.same_host]
@@ -155,7 +159,7 @@ class RemoteExecutor:
             try:
                 self._channel.send(shard_identity(rank), kind, payload)
             except PeerGone:
-                raise self._blame(rank, "it is no longer connected") from None
+                raise self._blame(rank, "it is no longer connected", victims=set()) from None
 
     def _collect(self, kind: Kind, deadline: float) -> Iterator[tuple[int, bytes]]:
         """One message of `kind` from every rank."""
@@ -177,33 +181,42 @@ class RemoteExecutor:
                     raise self._reported(rank, unpack(payload))
                 return message
             for rank, reason in self._launcher.dead().items():
-                raise self._blame(rank, reason)
+                raise self._blame(rank, reason, victims=set())
             if time.monotonic() > deadline:
                 late = f"{what} is not done after its deadline (timeouts.start_s or timeouts.step_s)"
                 raise self._error(self._slowest(), late)
 
-    def _reported(self, rank: int, report: dict[str, str]) -> ConfigError | ShardError:
+    def _reported(self, rank: int, report: dict[str, Any]) -> ConfigError | ShardError:
         """The error a shard sent; a broken collective is blamed on the rank that broke it."""
         if report["cause"] == "config":
             return ConfigError(report["message"])
         if report["cause"] == "group":
-            return self._blame(rank, report["message"])
+            missing = report["missing"]
+            return self._blame(missing[0] if missing else rank, report["message"], victims={rank})
         return self._error(rank, report["message"])
 
-    def _blame(self, rank: int, symptom: str) -> ConfigError | ShardError:
-        """Look for the cause of a symptom for a moment: a report from a shard, or a process that died."""
+    def _blame(self, rank: int, symptom: str, victims: set[int]) -> ConfigError | ShardError:
+        """Look for the cause of a symptom for a moment: a report from a shard, or a process that died.
+
+        `victims` ended because of another's fault, which they reported.
+        """
         assert self._channel is not None, "start() comes first"
         deadline = time.monotonic() + BLAME_S
         while time.monotonic() < deadline:
-            message = self._channel.receive(POLL_S)
-            if message is not None and message[1] is Kind.ERROR:
+            # Asked before the messages are read: a rank that is dead by now has had its say.
+            dead = self._launcher.dead()
+            while (message := self._channel.receive(POLL_S)) is not None:
+                if message[1] is not Kind.ERROR:
+                    continue
                 report = unpack(message[2])
                 if report["cause"] == "config":
                     return ConfigError(report["message"])
                 if report["cause"] == "shard":
                     return self._error(message[0], report["message"])
-            for dead_rank, reason in self._launcher.dead().items():
-                return self._error(dead_rank, reason)
+                victims.add(message[0])
+            for dead_rank, reason in dead.items():
+                if dead_rank not in victims:
+                    return self._error(dead_rank, reason)
         return self._error(rank, symptom)
 
     def _slowest(self) -> int:

@@ -11,7 +11,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import zmq
@@ -21,6 +20,7 @@ from ..coordinator.channel import HEARTBEAT_MS, LOST_AFTER_MS, shard_identity, w
 from ..messages import Kind, ShardJob, pack
 
 POLL_MS = 200
+GRACE_S = 3.0  # for a shard that was told to close, to do so before it is taken for lost
 
 
 def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", job: ShardJob, identity: bytes) -> "zmq.Socket[bytes]":
@@ -114,10 +114,8 @@ class _Watch(threading.Thread):
 
     def _coordinator_lost(self) -> None:
         """Nobody is left to report to and the main thread may be inside a collective: end the process."""
-        if self._stopped.is_set():
+        if self._stopped.wait(GRACE_S):
             return
-        if self._job.endpoint.startswith("ipc://"):
-            Path(self._job.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
         self.on_lost()
         os._exit(1)
 

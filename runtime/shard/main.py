@@ -5,12 +5,12 @@ import socket
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import kvshard
 import psutil
 import torch
 from torch.distributed import Store, TCPStore
-
-import kvshard
 
 from ...parallel.group import Group, GroupError
 from ...parallel.shard_map import ShardMap
@@ -36,14 +36,16 @@ def run_shard(job: ShardJob) -> None:
         link.close()
 
 
-def _report(error: Exception) -> dict[str, str]:
+def _report(error: Exception) -> dict[str, Any]:
+    missing: tuple[int, ...] = ()
     if isinstance(error, GroupError):
-        cause = "group"
+        cause, missing = "group", error.missing
     elif isinstance(error, (ValueError, OSError)):
         cause = "config"
     else:
         cause = "shard"
-    return {"cause": cause, "message": str(error) if cause != "shard" else f"{type(error).__name__}: {error}"}
+    message = str(error) if cause != "shard" else f"{type(error).__name__}: {error}"
+    return {"cause": cause, "message": message, "missing": missing}
 
 
 class _Shard:
