@@ -1,0 +1,224 @@
+"""A job in processes of its own, to be watched, stopped and killed from outside."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from jobs import command, environment, read_output, write_job
+from models_factory import make_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
+NUM_ROWS = 72
+MAX_TOKENS = 30
+START_S = 180  # until something that must happen has happened, on a busy machine
+GONE_S = 10.0  # until nothing of a killed job is left
+POLL_S = 0.02
+
+
+def make_tiny_model(path: Path, **overrides: Any) -> Path:
+    """A random Llama of 6 query heads with a tokenizer of the words w3 ... w100."""
+    make_llama(path, **overrides)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 101)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.save_pretrained(path)
+    return path
+
+
+def write_long_job(folder: Path, model: Path, launcher: str, size: int, **settings: Any) -> Path:
+    """NUM_ROWS rows, four at a time, so that results come one after another for some seconds."""
+    config: dict[str, Any] = {
+        "model": str(model),
+        "launcher": launcher,
+        "tensor_parallel_size": size,
+        "device": "cpu",
+        "threads_per_shard": 1,
+        "cache": {"num_blocks": 64},
+        "scheduler": {"max_num_seqs": 4},
+        "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0.0},
+    }
+    rows = [{"id": f"row{i}", "prompt": f"w{3 + i} w5 w6"} for i in range(NUM_ROWS)]
+    return write_job(folder, config | settings, rows)
+
+
+def assert_complete(folder: Path) -> None:
+    """Every row is in the output once, with all its tokens."""
+    rows = read_output(folder / "output.jsonl")
+    assert sorted(rows) == sorted(f"row{i}" for i in range(NUM_ROWS))
+    for row_id, line in rows.items():
+        assert line["error"] is None, line
+        count = line["response"]["body"]["usage"]["completion_tokens"]
+        assert count == MAX_TOKENS, f"{row_id} has {count} tokens"
+
+
+class RunningJob:
+    """`kvshard run` in a session of its own, as from a terminal. Ended in any case when the context is left.
+
+    temp: its TMPDIR, by which every process of the job is known.
+    """
+
+    def __init__(self, job: Path, launcher: str, size: int, temp: Path) -> None:
+        self.folder = job.parent
+        self._launcher = launcher
+        self._size = size
+        self._temp = temp
+        self._log = self.folder / f"log-{time.monotonic_ns()}.txt"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                command(job),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment() | {"TMPDIR": str(temp)},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "RunningJob":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [psutil.Process(self.process.pid)] if self.process.poll() is None else []:
+            process.kill()
+        self.process.wait(GONE_S)
+        for process in self.left():
+            process.kill()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[], T], what: str, timeout_s: float = START_S) -> T:
+        """The first true value of `condition`, while the job runs."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := condition()):
+            code = self.process.poll()
+            assert code is None, f"ended with {code} before {what}:\n{self.log()}"
+            assert time.monotonic() < deadline, f"no {what} in {timeout_s} s:\n{self.log()}"
+            time.sleep(POLL_S)
+        return value
+
+    def wait(self, timeout_s: float = START_S) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.log()}") from None
+
+    def num_lines(self) -> int:
+        path = self.folder / "output.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def wait_for_shards(self) -> list[psutil.Process]:
+        """The processes of all shards; in the order of ranks, except with ray."""
+        return self.wait_for(
+            lambda: self._shards() if len(self._shards()) == self._size else None, "shard processes"
+        )
+
+    def wait_for_rows(self, count: int = 8) -> None:
+        self.wait_for(lambda: self.num_lines() >= count, f"{count} finished rows")
+        assert self.num_lines() < NUM_ROWS, "the job was over too soon to be disturbed"
+
+    def interrupt(self, number: signal.Signals) -> None:
+        """SIGINT goes to the whole process group, as a terminal does it; others to the one process."""
+        if number is signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(GONE_S)
+
+    def left(self) -> list[psutil.Process]:
+        """Processes of this job that still run."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def assert_nothing_left(self, segment: str | None = None) -> None:
+        """Processes, sockets and the shared segment are gone in time."""
+        deadline = time.monotonic() + GONE_S
+        while time.monotonic() < deadline and self.left():
+            time.sleep(POLL_S)
+        lines = [f"{p.pid} {p.status()} {' '.join(p.cmdline())}" for p in self.left()]
+        assert not lines, "\n".join(["still running:", *lines, self.log()])
+        sockets = self._temp / f"kvshard-{os.getuid()}"
+        assert not sockets.exists() or not list(sockets.iterdir())
+        assert not [name for name in os.listdir("/dev/shm") if "kvshard" in name]
+        if segment is not None:
+            assert not [p.pid for p in psutil.process_iter() if segment in _segments(p.pid)]
+
+    def stop_before_attaching(self) -> str:
+        """Stop the last shard between the creation of the shared segment and its attaching; the segment's name.
+
+        The coordinator starts nobody before all have said hello, so another shard is held back until
+        the last one has, and waits.
+        """
+        first, second, last = self.wait_for_shards()
+        second.suspend()
+        # Its two ends of the control channel, and under torchrun the store.
+        num_sockets = 3 if self._launcher == "torchrun" else 2
+        self.wait_for(_Steady(last, num_sockets), "shard that waits for its start")
+        last.suspend()
+        second.resume()
+        segment = self.wait_for(lambda: next(iter(_segments(first.pid)), None), "shared segment")
+        assert segment not in _segments(last.pid)
+        return segment
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            ours = process.environ().get("TMPDIR") == str(self._temp)
+            return ours and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+    def _shards(self) -> list[psutil.Process]:
+        try:
+            children = psutil.Process(self.process.pid).children()
+            if self._launcher == "torchrun":
+                workers = [p for p in children if "--report-exit-code" in p.cmdline()]
+                return sorted(workers, key=lambda p: int(p.environ()["RANK"]))
+            if self._launcher == "ray":
+                return [
+                    p for c in children for p in c.children() if "ray::ShardActor" in " ".join(p.cmdline())
+                ]
+            nursery = [p for p in children if "kvshard.launch.nursery" in p.cmdline()]
+            return sorted((p for n in nursery for p in n.children()), key=lambda p: (p.create_time(), p.pid))
+        except (psutil.Error, KeyError):
+            return []
+
+
+class _Steady:
+    """True once a connected process has only slept for a while: it said hello and waits for an answer."""
+
+    POLLS = 15
+
+    def __init__(self, process: psutil.Process, num_sockets: int) -> None:
+        self._process = process
+        self._num_sockets = num_sockets
+        self._seen = 0
+
+    def __call__(self) -> bool:
+        folder = Path(f"/proc/{self._process.pid}")
+        states = [path.read_text().rpartition(")")[2].split()[0] for path in folder.glob("task/*/stat")]
+        sockets = [fd for fd in folder.glob("fd/*") if os.readlink(fd).startswith("socket:")]
+        waits = all(state == "S" for state in states) and len(sockets) >= self._num_sockets
+        self._seen = self._seen + 1 if waits else 0
+        return self._seen >= self.POLLS
+
+
+def _segments(pid: int) -> set[str]:
+    """Names of the shared segments that a process has mapped."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:  # it has ended
+        return set()
+    return {
+        line.partition("memfd:")[2].removesuffix(" (deleted)") for line in lines if "memfd:kvshard" in line
+    }
