@@ -255,6 +255,7 @@ class Scheduler:
         holders = [*self.slots.owners.values(), *self._draining]
         held = [block_id for request in holders for block_id in request.block_ids]
         assert len(held) == len(set(held)) == self.blocks.num_used, "blocks are lost or held by two requests"
+        assert self._prefills.keys() <= self.slots.owners.keys(), "a prompt is kept for a free slot"
         for _, request in self._waiting:
             assert not request.block_ids, f"{request.request_id} waits and holds blocks"
             assert request.slot < 0, f"{request.request_id} waits and holds a slot"

@@ -153,7 +153,9 @@ def test_preemption_keeps_the_tokens_in_flight(fake: ModuleType, run_ahead: int)
     assert rows[1].status == "waiting"
     assert len(rows[1].output_token_ids) == len(known) + run_ahead
     assert rows[1].output_token_ids[: len(known)] == known
+    first_token_s = rows[1].first_token_s
     run.to_the_end()
+    assert rows[1].first_token_s == first_token_s
     run.assert_as_expected(*rows)
     assert run.coordinator.stats.num_dropped_tokens == 0
     for row in rows:
@@ -184,6 +186,27 @@ def test_a_preempted_row_may_end_by_a_token_in_flight(fake: ModuleType) -> None:
     assert ending.output_token_ids == full[:last]
     assert run.coordinator.stats.num_token_steps == 12 + 24 + 12 + last - 1
     run.assert_as_expected(rows[0])
+
+
+def test_a_row_waits_for_blocks_that_are_about_to_come_back(fake: ModuleType) -> None:
+    """Row b needs a block when the only ones to spare belong to a, ended but still in a plan in flight."""
+    ending = fake.expected(fake.make_request("a", 12, max_tokens=2), (), 200)[0][1]
+    run = fake.Run(fake.make_limits(run_ahead=1, num_blocks=10))
+    rows = [
+        fake.make_request("a", 12, max_tokens=20, stop_token_ids=[ending]),
+        fake.make_request("b", 14, max_tokens=20),
+        fake.make_request("c", 1, max_tokens=20),
+    ]
+    run.add(*rows)
+    while rows[0].status != "finished":
+        run.step()
+    assert run.coordinator._scheduler.blocks.num_free == 0
+    assert len(rows[1].block_ids) == 4
+    run.step()
+    assert not rows[0].block_ids
+    run.to_the_end()
+    assert rows[1].num_preemptions == 0
+    run.assert_as_expected(*rows)
 
 
 def test_without_cache_the_whole_sequence_is_computed_each_step(fake: ModuleType) -> None:

@@ -100,6 +100,17 @@ def test_requests_are_admitted_in_the_order_of_arrival(fake: ModuleType) -> None
     run.assert_as_expected(*rows)
 
 
+def test_admission_leaves_a_block_for_rows_that_run(fake: ModuleType) -> None:
+    """Both would fit just now, and one of them would be preempted a moment later."""
+    for num_blocks, together in ((8, False), (9, True)):
+        run = fake.Run(fake.make_limits(num_blocks=num_blocks))
+        rows = [fake.make_request("a", 11, max_tokens=3), fake.make_request("b", 15, max_tokens=2)]
+        run.add(*rows)
+        run.to_the_end()
+        assert (rows[1].admitted_s < rows[0].finished_s) == together
+        assert run.coordinator.stats.num_preemptions == 0
+
+
 def test_no_row_is_starved(fake: ModuleType) -> None:
     """A long row among a stream of short ones in a tight cache ends, and the oldest is never preempted."""
     run = fake.Run(fake.make_limits(num_blocks=24, max_num_seqs=6, run_ahead=1))
