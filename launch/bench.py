@@ -140,7 +140,7 @@ def print_table(console: Console, samples: Sequence[CacheSample]) -> None:
     """One row a length, both ways side by side."""
     with_cache = [sample for sample in samples if sample.cache_enabled]
     without = [sample for sample in samples if not sample.cache_enabled]
-    table = Table(title="With and without the KV cache", box=box.SIMPLE_HEAD)
+    table = Table(title="With and without the KV cache", box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column("tokens", justify="right")
     for quantity in ("token-steps", "ms a token", "MiB kept"):
         table.add_column(f"{quantity}\nwith", justify="right")
@@ -179,9 +179,8 @@ def plot(samples: Sequence[CacheSample], path: Path, title: str) -> None:
         ]
         for panel, series in zip(panels, values, strict=True):
             panel.plot(lengths, series, marker="o", color=color, label=label)
-            # Token-steps end at 5,050 and 100 for the same answer: the last point carries its number.
             panel.annotate(
-                f"{series[-1]:,.4g}" if panel is not panels[0] else f"{series[-1]:,.0f}",
+                f"{series[-1]:,.0f}" if panel is panels[0] else f"{series[-1]:,.1f}",
                 (lengths[-1], series[-1]),
                 textcoords="offset points",
                 xytext=(-4, 6),
@@ -193,8 +192,8 @@ def plot(samples: Sequence[CacheSample], path: Path, title: str) -> None:
     ):
         panel.set_xlabel("tokens of the answer")
         panel.set_title(label)
+        panel.margins(y=0.15)
         panel.set_ylim(bottom=0)
-        panel.margins(y=0.12)
         panel.grid(alpha=0.3)
     panels[0].legend(loc="upper left")
     figure.savefig(path, dpi=120)
