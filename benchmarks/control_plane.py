@@ -252,7 +252,12 @@ def main() -> None:
     record = {
         "benchmark": "control_plane",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "load_average_1min": os.getloadavg()[0],
+        },
         "versions": versions,
         "unit": "microseconds",
         "rows": NUM_ROWS,
