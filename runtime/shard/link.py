@@ -53,8 +53,10 @@ class Link:
         self._socket.send_multipart((kind.value, payload))
 
     def receive(self) -> tuple[Kind, bytes]:
-        """The next message; the watch thread ends the process if the coordinator goes away."""
+        """The next message; the watch thread ends the process if the coordinator goes away before CLOSE."""
         kind, payload = self._socket.recv_multipart()
+        if kind == Kind.CLOSE.value:
+            self._watch.told_to_close.set()
         return Kind(kind), payload
 
     def has_message(self) -> bool:
@@ -80,10 +82,12 @@ class _Watch(threading.Thread):
         self._context = context
         self._job = job
         self._stopped = threading.Event()
+        self.told_to_close = threading.Event()
         self.last_step_id = -1
         self.on_lost: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
+        self.told_to_close.set()
         self._stopped.set()
         self.join()
 
@@ -114,7 +118,7 @@ class _Watch(threading.Thread):
 
     def _coordinator_lost(self) -> None:
         """Nobody is left to report to and the main thread may be inside a collective: end the process."""
-        if self._stopped.wait(GRACE_S):
+        if self.told_to_close.wait(GRACE_S):
             return
         self.on_lost()
         os._exit(1)
