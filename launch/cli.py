@@ -93,13 +93,15 @@ def run(
     run or was lost, 130 interrupted.
     """
     config = _load(job, overrides)
+    if "TORCHELASTIC_RUN_ID" in os.environ and config.launcher != "torchrun":
+        if config.launcher == "ray":
+            raise ConfigError(
+                "launcher=ray, but torchrun started this process; set launcher: torchrun, or start kvshard "
+                "without torchrun"
+            )
+        config = config.model_copy(update={"launcher": "torchrun"})  # a size needs no launcher in the file
     if config.launcher == "torchrun":
         raise typer.Exit(_run_with_torchrun(config, job, overrides, limit, retry_failed, report_exit_code))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError(
-            f"launcher={config.launcher}, but torchrun started this process; set launcher: torchrun, or start "
-            "kvshard without torchrun"
-        )
     raise typer.Exit(execute_job(config, limit, retry_failed))
 
 

@@ -20,7 +20,6 @@ MAX_CPUS_PER_SHARD = 1.0
 MIN_CPUS_PER_SHARD = 0.01
 
 
-@ray.remote(max_restarts=0, max_concurrency=4)
 class ShardActor:
     """One shard. The shard loop has a thread of its own, so the other methods always answer."""
 
@@ -75,6 +74,10 @@ class ShardActor:
             self._ended.set()
 
 
+# Not a decorator: under one the class would no longer be a type to a type checker.
+_RemoteShard = ray.remote(max_restarts=0, max_concurrency=4)(ShardActor)
+
+
 class RayLauncher:
     """A placement group of one bundle a shard, and one actor in each bundle."""
 
@@ -98,7 +101,7 @@ class RayLauncher:
         if not self._group.wait(self._config.timeouts.place_s):
             raise ConfigError(self._no_room(bundle, size))
         actors = [
-            ShardActor.options(
+            _RemoteShard.options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(

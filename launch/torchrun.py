@@ -87,7 +87,7 @@ def join_torchrun(config: JobConfig, options: dict[str, Any], report: Path | Non
             "make them equal (torchrun --nproc-per-node times --nnodes)"
         )
     _end_with_parent()
-    store = _store()
+    store: Any = _store()  # its annotation of set() leaves out bytes
     store.set(f"kvshard/place/{rank}", pack([_address(), int(os.environ.get("LOCAL_RANK", "0"))]))
     if rank == 0:
         return _run_rank_zero(config, options, report, store, world_size)

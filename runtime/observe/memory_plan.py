@@ -102,11 +102,6 @@ def resolve_dtype(dtype: str, device_kind: DeviceKind) -> str:
     return "bfloat16" if device_kind == "cuda" else "float32"
 
 
-def resolve_cache_dtype(cache_dtype: str, dtype: str) -> str:
-    """The dtype of K and V: `auto` is the model's."""
-    return dtype if cache_dtype == "auto" else cache_dtype
-
-
 def host_memory_bytes() -> int:
     """Memory of this host, or of the container it is seen from when that is less."""
     total: int = psutil.virtual_memory().total
@@ -129,7 +124,7 @@ def plan_memory(
     """
     world_size = shard_map.world_size
     dtype = resolve_dtype(config.dtype, device_kind)
-    cache_dtype = resolve_cache_dtype(config.cache.dtype, dtype)
+    cache_dtype = dtype
     fraction = memory_fraction(config.cache, device_kind)
     memories = _per_rank(device_memory_bytes, world_size)
     longest = config.scheduler.max_model_len or spec.max_position_embeddings

@@ -244,9 +244,20 @@ def test_torchrun_is_started_with_the_same_command(job: Job, monkeypatch: pytest
     assert joined == [({"limit": 2, "retry_failed": False}, Path("code"))]
 
 
-def test_torchrun_with_another_launcher_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_torchrun_a_job_joins_unless_it_names_ray(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert "launcher=local, but torchrun started this process" in one_message(job.run())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    joined: list[str] = []
+    fake = SimpleNamespace(
+        inside_torchrun=lambda: True,
+        start_torchrun=None,
+        join_torchrun=lambda config, options, report: joined.append(config.launcher) or 0,
+    )
+    monkeypatch.setitem(sys.modules, "kvshard.launch.torchrun", fake)
+    assert job.run().exit_code == 0
+    assert joined == ["torchrun"]
+    assert "launcher=ray, but torchrun started this process" in one_message(job.run("--set", "launcher=ray"))
 
 
 def test_fetch_demo(monkeypatch: pytest.MonkeyPatch) -> None:
