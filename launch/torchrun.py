@@ -52,7 +52,7 @@ def start_torchrun(config: JobConfig, arguments: list[str]) -> int:
     """
     options = ["--standalone", "--nproc-per-node", str(config.tensor_parallel_size)]
     with tempfile.TemporaryDirectory(prefix="kvshard-") as folder:
-        report = Path(folder) / "exit_code"
+        report = Path(folder) / str(os.getpid())
         command = ["-m", "kvshard", "run", *arguments, "--report-exit-code", str(report)]
         # As torchrun would, after a warning; a shard sets its own number of threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -78,7 +78,8 @@ def join_torchrun(config: JobConfig, options: dict[str, Any], report: Path | Non
     """Be one worker: run this rank's shard, and on rank 0 the coordinator beside it.
 
     `options` are handed to the coordinator's `execute_job`. Returns the exit code of this process:
-    the job's on rank 0, unless it is to be written to `report`; 0 elsewhere.
+    the job's on rank 0, unless it is to be written to `report`; 0 elsewhere. `report` bears the
+    process id of the agent as its name.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size != config.tensor_parallel_size:
@@ -86,7 +87,7 @@ def join_torchrun(config: JobConfig, options: dict[str, Any], report: Path | Non
             f"tensor_parallel_size={config.tensor_parallel_size} and torchrun started {world_size} workers; "
             "make them equal (torchrun --nproc-per-node times --nnodes)"
         )
-    _end_with_parent()
+    _end_with_parent(None if report is None else int(report.name))
     store: Any = _store()  # its annotation of set() leaves out bytes
     store.set(f"kvshard/place/{rank}", pack([_address(), int(os.environ.get("LOCAL_RANK", "0"))]))
     if rank == 0:
@@ -135,9 +136,14 @@ def _run_rank_zero(
     return 0
 
 
-def _end_with_parent() -> None:
-    """Have this process killed when torchrun's agent dies, which cannot end its workers then."""
+def _end_with_parent(agent: int | None) -> None:
+    """Have this process killed when torchrun's agent dies, which cannot end its workers then.
+
+    `agent` is its process id if that is known: it may be dead already.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if agent is not None and os.getppid() != agent:
+        os._exit(JOB_ERROR)
 
 
 def _run_shard(job: ShardJob) -> None:

@@ -91,7 +91,8 @@ class RemoteExecutor:
         others = self._config.tensor_parallel_size - 1
         step_id = self._next_step
         while step_id not in self._arrived or len(self._checks.get(step_id, ())) < others:
-            self._keep(*self._receive(deadline, f"step {step_id}"))
+            late = f"no result within timeouts.step_s={self._config.timeouts.step_s:g} s"
+            self._keep(*self._receive(deadline, late, ranks=set(range(others + 1))))
         result = self._arrived.pop(step_id)
         expected = result.checksum()
         for rank, checksum in self._checks.pop(step_id, ()):
@@ -149,7 +150,8 @@ class RemoteExecutor:
                 )
             if hello.config_hash != expected:
                 raise ConfigError(
-                    f"shard {rank} on {hello.host} reads the job's settings differently; {hello}"
+                    f"shard {rank} on {hello.host} reads the job's settings otherwise than the coordinator; "
+                    "install the same build of kvshard on every host"
                 )
             self._hosts[rank] = hello.host
 
@@ -165,13 +167,18 @@ class RemoteExecutor:
         """One message of `kind` from every rank."""
         missing = set(range(self._config.tensor_parallel_size))
         while missing:
-            rank, got, payload = self._receive(deadline, f"start (waiting for shards {sorted(missing)})")
+            limit_s = self._config.timeouts.start_s
+            late = f"shards {sorted(missing)} were not ready within timeouts.start_s={limit_s:g} s"
+            rank, got, payload = self._receive(deadline, late, missing)
             if got is kind:
                 missing.discard(rank)
                 yield rank, payload
 
-    def _receive(self, deadline: float, what: str) -> tuple[int, Kind, bytes]:
-        """The next message that is no error. Raises what a shard reported, or ShardError for a dead or late one."""
+    def _receive(self, deadline: float, late: str, ranks: set[int]) -> tuple[int, Kind, bytes]:
+        """The next message that is no error.
+
+        Raises what a shard reported, or ShardError for a dead shard, or with `late` for the slowest of `ranks`.
+        """
         assert self._channel is not None, "start() comes first"
         while True:
             message = self._channel.receive(POLL_S)
@@ -183,8 +190,7 @@ class RemoteExecutor:
             for rank, reason in self._launcher.dead().items():
                 raise self._blame(rank, reason, victims=set())
             if time.monotonic() > deadline:
-                late = f"{what} is not done after its deadline (timeouts.start_s or timeouts.step_s)"
-                raise self._error(self._slowest(), late)
+                raise self._error(self._slowest(ranks), late)
 
     def _reported(self, rank: int, report: dict[str, Any]) -> ConfigError | ShardError:
         """The error a shard sent; a broken collective is blamed on the rank that broke it."""
@@ -219,10 +225,10 @@ class RemoteExecutor:
                     return self._error(dead_rank, reason)
         return self._error(rank, symptom)
 
-    def _slowest(self) -> int:
-        """The rank to name for a late step: the one whose watch thread saw the fewest steps, or none at all."""
+    def _slowest(self, ranks: set[int]) -> int:
+        """The one of `ranks` to name when they are late: whose watch thread saw the fewest steps, or is silent."""
         health = {answer.rank: answer.last_step_id for answer in self.health()}
-        return min(range(self._config.tensor_parallel_size), key=lambda rank: health.get(rank, -2))
+        return min(sorted(ranks), key=lambda rank: health.get(rank, -2))
 
     def _error(self, rank: int, cause: str) -> ShardError:
         return ShardError(rank, self._hosts[rank], self._next_step, cause)

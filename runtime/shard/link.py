@@ -20,18 +20,22 @@ from ..coordinator.channel import HEARTBEAT_MS, LOST_AFTER_MS, shard_identity, w
 from ..messages import Kind, ShardJob, pack
 
 POLL_MS = 200
+NEVER_MS = 24 * 3600 * 1000
 GRACE_S = 3.0  # for a shard that was told to close, to do so before it is taken for lost
 
 
 def _dealer(context: "zmq.Context[zmq.Socket[bytes]]", job: ShardJob, identity: bytes) -> "zmq.Socket[bytes]":
-    """A DEALER not yet connected; it never reconnects: a lost coordinator is final."""
+    """A DEALER not yet connected; a lost coordinator is final, so it is not to reconnect.
+
+    An interval of -1 would say that, but ZeroMQ then drops what came last and was not read yet.
+    """
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.IDENTITY, identity)
     dealer.setsockopt(zmq.LINGER, 2_000)
     dealer.setsockopt(zmq.RCVHWM, 0)
     dealer.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, LOST_AFTER_MS)
-    dealer.setsockopt(zmq.RECONNECT_IVL, -1)
+    dealer.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
     if job.curve is not None:
         dealer.curve_serverkey = job.curve.server_public.encode()
         dealer.curve_publickey = job.curve.client_public.encode()

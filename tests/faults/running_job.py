@@ -206,8 +206,11 @@ class _Steady:
 
     def __call__(self) -> bool:
         folder = Path(f"/proc/{self._process.pid}")
-        states = [path.read_text().rpartition(")")[2].split()[0] for path in folder.glob("task/*/stat")]
-        sockets = [fd for fd in folder.glob("fd/*") if os.readlink(fd).startswith("socket:")]
+        try:
+            states = [path.read_text().rpartition(")")[2].split()[0] for path in folder.glob("task/*/stat")]
+            sockets = [fd for fd in folder.glob("fd/*") if os.readlink(fd).startswith("socket:")]
+        except OSError:  # a thread or file that was closed meanwhile
+            states, sockets = ["R"], []
         waits = all(state == "S" for state in states) and len(sockets) >= self._num_sockets
         self._seen = self._seen + 1 if waits else 0
         return self._seen >= self.POLLS

@@ -1,0 +1,275 @@
+"""The executor of remote shards, with shards that are threads of the test and compute nothing."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import kvshard
+import numpy as np
+import pytest
+import zmq
+from kvshard.runtime.config import JobConfig, config_hash, parse_config
+from kvshard.runtime.coordinator.channel import shard_identity, watch_identity
+from kvshard.runtime.coordinator.executor import ShardInfo
+from kvshard.runtime.coordinator.launcher import Placement
+from kvshard.runtime.coordinator.plan import StepPlan, StepResult, decode_plan, encode_result
+from kvshard.runtime.coordinator.remote import CacheSize, RemoteExecutor
+from kvshard.runtime.errors import ConfigError, ShardError
+from kvshard.runtime.messages import Hello, Kind, ShardJob, Start, pack, unpack
+
+WAIT_S = 20.0
+SIZE = 3
+
+
+@dataclass
+class Behaviour:
+    """How one fake shard differs from a good one."""
+
+    hello: dict[str, Any] | None = field(default_factory=dict)  # what differs; None says nothing
+    error: dict[str, Any] | None = None  # instead of results
+    token: int = 7
+    answers_plans: bool = True
+    answers_health: bool = True
+
+
+class FakeLauncher:
+    """Threads that say the right words on the control channel."""
+
+    def __init__(
+        self, config: JobConfig, behaviours: dict[int, Behaviour], place_error: str | None = None
+    ) -> None:
+        self._config = config
+        self._behaviours = [behaviours.get(rank, Behaviour()) for rank in range(SIZE)]
+        self._place_error = place_error
+        self._threads: list[threading.Thread] = []
+        self._context = zmq.Context()
+        self.starts: list[Start] = []
+        self.ended: dict[int, str] = {}
+        self.closed = False
+
+    def place(self, device: str) -> list[Placement]:
+        if self._place_error is not None:
+            raise ConfigError(self._place_error)
+        return [Placement("here", True, device) for _ in self._behaviours]
+
+    def start(self, jobs: list[ShardJob]) -> None:
+        for job, behaviour in zip(jobs, self._behaviours, strict=True):
+            thread = threading.Thread(target=self._serve, args=(job, behaviour), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def dead(self) -> dict[int, str]:
+        return self.ended
+
+    def close(self, timeout_s: float) -> None:
+        self.closed = True
+        for thread in self._threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "a shard was not told to close"
+        self._context.destroy(linger=0)
+
+    def _dealer(self, job: ShardJob, identity: bytes) -> "zmq.Socket[bytes]":
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.IDENTITY, identity)
+        dealer.connect(job.endpoint)
+        return dealer
+
+    def _serve(self, job: ShardJob, behaviour: Behaviour) -> None:
+        link, watch = (
+            self._dealer(job, name) for name in (shard_identity(job.rank), watch_identity(job.rank))
+        )
+        watch.send_multipart((Kind.WATCH.value, b""))
+        hello = Hello(
+            kvshard.__version__, config_hash(self._config), f"node{job.rank}", "id", 1, 4, 900, "store:1"
+        )
+        if behaviour.hello is not None:
+            link.send_multipart((Kind.HELLO.value, pack(asdict(hello) | behaviour.hello)))
+        poller = zmq.Poller()
+        poller.register(link, zmq.POLLIN)
+        poller.register(watch, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if watch in ready:
+                kind, _ = watch.recv_multipart()
+                answer = (
+                    {"last_step_id": job.rank, "peak_memory_bytes": 5}
+                    if kind == Kind.HEALTH.value
+                    else "a stack"
+                )
+                if behaviour.answers_health:
+                    watch.send_multipart((kind, pack(answer)))
+            if link not in ready:
+                continue
+            kind, payload = link.recv_multipart()
+            if kind == Kind.CLOSE.value:
+                return
+            for answer_kind, data in self._answer(job.rank, behaviour, kind, payload):
+                link.send_multipart((answer_kind.value, data))
+
+    def _answer(
+        self, rank: int, behaviour: Behaviour, kind: bytes, payload: bytes
+    ) -> Iterator[tuple[Kind, bytes]]:
+        if kind == Kind.START.value:
+            self.starts.append(Start(**unpack(payload)))
+            info = ShardInfo(rank, f"node{rank}", 1, "cpu", 2, 1, 10, 20, 8, "gloo", 1)
+            yield Kind.READY, pack(asdict(info))
+        elif behaviour.error is not None:
+            yield Kind.ERROR, pack(behaviour.error)
+        elif behaviour.answers_plans:
+            plan = decode_plan(payload)
+            tokens = np.full(plan.num_rows, behaviour.token, np.int32)
+            result = StepResult(plan.epoch, plan.step_id, tokens, None, 1.0)
+            if rank == 0:
+                yield Kind.RESULT, encode_result(result)
+            else:
+                yield Kind.CHECK, pack((plan.epoch, plan.step_id, result.checksum()))
+
+
+def empty_plan(step_id: int) -> StepPlan:
+    none, one = np.zeros(0, np.int32), np.zeros(1, np.int32)
+    yes = np.ones(1, np.bool_)
+    return StepPlan(0, step_id, none, (), none, none, one, one + 1, yes, yes, none)
+
+
+@contextmanager
+def executor_of(
+    behaviours: dict[int, Behaviour] | None = None,
+    size_cache: Callable[[list[int]], CacheSize] = lambda memory: CacheSize(8, 64),
+    place_error: str | None = None,
+    **timeouts: float,
+) -> Iterator[tuple[RemoteExecutor, FakeLauncher]]:
+    values = {"model": "m", "device": "cpu", "dtype": "float32", "tensor_parallel_size": SIZE}
+    config = parse_config(values | {"timeouts": {"step_s": WAIT_S, "start_s": WAIT_S} | timeouts}, "test")
+    launcher = FakeLauncher(config, behaviours or {}, place_error)
+    executor = RemoteExecutor(launcher, config, "m", size_cache)
+    try:
+        yield executor, launcher
+    finally:
+        executor.close()
+        assert launcher.closed
+        executor.close()  # twice does no harm
+
+
+def test_plans_go_to_all_and_one_result_comes_back() -> None:
+    asked: list[list[int]] = []
+
+    def size_cache(memory: list[int]) -> CacheSize:
+        asked.append(memory)
+        return CacheSize(8, 64)
+
+    with executor_of(size_cache=size_cache) as (executor, launcher):
+        shards = executor.start()
+        assert [shard.rank for shard in shards] == [0, 1, 2]
+        assert asked == [[300, 300, 300]], "the host's memory is shared by its shards"
+        assert [(s.store, s.num_blocks, s.max_model_len, list(s.threads)) for s in launcher.starts] == [
+            ("store:1", 8, 64, [1, 1, 1])
+        ] * SIZE
+        executor.submit(empty_plan(0))
+        executor.submit(empty_plan(1))
+        assert [executor.result().step_id, executor.result().step_id] == [0, 1]
+        assert [health.last_step_id for health in executor.health()] == [0, 1, 2]
+        assert executor.stacks() == {0: "a stack", 1: "a stack", 2: "a stack"}
+
+
+def test_answers_to_health_do_not_lose_results() -> None:
+    with executor_of() as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        for _ in range(20):
+            assert len(executor.health()) == SIZE
+        assert executor.result().token_ids.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("hello", "words"),
+    [
+        (
+            {"version": "0.0.1"},
+            ["shard 1 on node1 runs kvshard 0.0.1", kvshard.__version__, "install the same"],
+        ),
+        ({"config_hash": "other"}, ["shard 1 on node1", "settings", "install the same"]),
+    ],
+)
+def test_shards_of_another_version_or_config_are_refused(hello: dict[str, Any], words: list[str]) -> None:
+    with executor_of({1: Behaviour(hello=hello)}) as (executor, _):
+        with pytest.raises(ConfigError) as caught:
+            executor.start()
+        for word in words:
+            assert word in str(caught.value)
+
+
+def test_a_shard_that_samples_another_token_stops_the_job() -> None:
+    with executor_of({2: Behaviour(token=8)}) as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        with pytest.raises(ShardError, match=r"shard 2 on node2 failed at step 0: .*diverged"):
+            executor.result()
+
+
+def test_a_late_step_names_the_shard_that_is_behind() -> None:
+    silent = Behaviour(answers_plans=False, answers_health=False)
+    with executor_of({1: silent}, step_s=0.3) as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        with pytest.raises(
+            ShardError, match=r"shard 1 on node1 failed at step 0: .*timeouts\.step_s=0\.3"
+        ) as caught:
+            executor.result()
+        assert caught.value.rank == 1
+
+
+def test_a_shard_that_does_not_start_is_named() -> None:
+    silent, late = Behaviour(hello=None), r"shard 2 on .*timeouts\.start_s=0\.5"
+    with executor_of({2: silent}, start_s=0.5) as (executor, _), pytest.raises(ShardError, match=late):
+        executor.start()
+
+
+def test_a_reported_bug_names_its_shard() -> None:
+    error = {"cause": "shard", "message": "KeyError: 'x'", "missing": []}
+    with executor_of({1: Behaviour(error=error)}) as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        with pytest.raises(ShardError, match="shard 1 on node1 failed at step 0: KeyError"):
+            executor.result()
+
+
+def test_a_user_error_of_a_shard_is_told_as_such() -> None:
+    error = {"cause": "config", "message": "file model.safetensors is cut short", "missing": []}
+    with executor_of({1: Behaviour(error=error)}) as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        with pytest.raises(ConfigError, match="is cut short"):
+            executor.result()
+
+
+def broken(missing: list[int]) -> Behaviour:
+    return Behaviour(
+        error={"cause": "group", "message": "layer 3 o_proj: a rank is dead", "missing": missing}
+    )
+
+
+def test_a_dead_shard_is_blamed_and_not_those_that_noticed() -> None:
+    """The others end too; a launcher that lists them first must not turn the blame on them."""
+    silent = Behaviour(answers_plans=False)
+    with executor_of({0: broken([]), 1: broken([]), 2: silent}) as (executor, launcher):
+        executor.start()
+        launcher.ended = {0: "it reported an error", 1: "it reported an error", 2: "killed by SIGKILL"}
+        executor.submit(empty_plan(0))
+        with pytest.raises(ShardError, match="shard 2 on node2 failed at step 0: killed by SIGKILL"):
+            executor.result()
+
+
+def test_a_hanging_shard_is_blamed_when_the_others_miss_it() -> None:
+    silent = Behaviour(answers_plans=False)
+    with executor_of({0: broken([1]), 1: silent, 2: broken([1])}) as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        with pytest.raises(ShardError, match=r"shard 1 on node1 .*layer 3 o_proj"):
+            executor.result()
+
+
+def test_a_launcher_without_room_is_closed_all_the_same() -> None:
+    with executor_of(place_error="no room") as (executor, _), pytest.raises(ConfigError, match="no room"):
+        executor.start()
