@@ -5,7 +5,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..parallel.shard_map import ShardMap
 from ..runtime.config import JobConfig
 from ..runtime.coordinator.executor import Executor, ShardInfo
 from ..runtime.coordinator.launcher import Launcher
@@ -18,7 +17,7 @@ from ..runtime.models.checkpoint_index import read_index
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
 from ..runtime.models.tokenizer import load_tokenizer
-from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, plan_memory, resolve_dtype
+from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, build_shard_map, plan_memory, resolve_dtype
 from ..runtime.paths import cache_dir
 from ..runtime.sampling_params import SamplingParams
 
@@ -66,7 +65,7 @@ class Engine:
         on_status(f"reading {config.model}")
         model_path = resolve_model(config.model, config.revision)
         index = read_index(model_path)
-        shard_map = ShardMap.build(index.spec.dims, config.tensor_parallel_size, config.shard_weights)
+        shard_map = build_shard_map(config, index.spec)
         if launcher is None:
             launcher = _launcher(config)
         config = resolve_device(config, launcher)

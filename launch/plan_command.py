@@ -12,7 +12,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..parallel.shard_map import ShardMap
 from ..runtime.config import JobConfig, load_config, parse_overrides
 from ..runtime.errors import ConfigError
 from ..runtime.models.checkpoint_index import read_index
@@ -23,6 +22,7 @@ from ..runtime.models.spec import ModelSpec
 from ..runtime.observe.memory_plan import (
     DeviceKind,
     MemoryPlan,
+    build_shard_map,
     host_memory_bytes,
     memory_fraction,
     plan_memory,
@@ -61,7 +61,7 @@ def plan(
     config = load_config(job.absolute(), parse_overrides(overrides))
     memory = None if device_memory is None else parse_sizes(device_memory)
     spec = read_spec(config)
-    shard_map = ShardMap.build(spec.dims, config.tensor_parallel_size, config.shard_weights)
+    shard_map = build_shard_map(config, spec)
     device_kind = _device_kind(config, planned=memory is not None)
     if memory is None:
         memory = _memory_here(device_kind, config.tensor_parallel_size)

@@ -240,6 +240,9 @@ def _explain(problem: Any, source: str) -> str:
         hint = f"did you mean {near[0]}?" if near else f"valid keys here: {', '.join(valid)}"
         return f"{source}: unknown key {key}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("model_type", "model_attributes_type"):
+        inner = [name for name, _ in _known_keys(JobConfig) if name.startswith(f"{key}.")]
+        return f"{source}: {key}={problem['input']!r}: it is a group of settings: {', '.join(inner)}"
     if problem["type"] == "missing":
         return f"{source}: {key} is missing"
     if not location:

@@ -155,7 +155,9 @@ def _open_locked(path: Path) -> int:
                 raise
             os.close(fd)  # replaced between opening and locking, by a run that dropped failed rows
     except OSError as error:
-        raise ConfigError(f"cannot write output.path={path}: {error.strerror}") from None
+        raise ConfigError(
+            f"cannot write output.path={path}: {error.strerror}; name a file in a folder that you may write to"
+        ) from None
 
 
 def _scan(path: Path, retry_failed: bool) -> _Scan:

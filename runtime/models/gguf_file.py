@@ -79,7 +79,7 @@ class _Cursor:
         if num_bytes > len(self.data) - start:
             raise CheckpointError(
                 f"{self.path}: GGUF file is cut short inside its header: byte {start + num_bytes} is needed, "
-                f"the file has {len(self.data)}"
+                f"the file has {len(self.data)}; fetch it again"
             )
         self.position = start + num_bytes
         return start
@@ -112,7 +112,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
         needed = max(info.offset + info.num_bytes for info in tensors)
         raise CheckpointError(
             f"{path}: GGUF file is cut short: its tensors need {needed} bytes, the file has "
-            f"{len(cursor.data)}; affected: {listed(cut)}"
+            f"{len(cursor.data)}; affected: {listed(cut)}; fetch it again"
         )
     return GgufHeader(metadata, tensors, data_start)
 

@@ -42,7 +42,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if model == "demo":
         return _demo_path()
     if is_file and not path.is_file():
-        raise CheckpointError(f"model={model}: there is no such file")
+        raise CheckpointError(f"model={model}: there is no such file; check the path")
     return path
 
 

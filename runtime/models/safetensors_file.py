@@ -23,13 +23,16 @@ def read_header(path: Path) -> list[TensorInfo]:
         header_bytes = int.from_bytes(file.read(8), "little")
         if file_bytes < 8 or not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise CheckpointError(
-                f"{path}: corrupt safetensors header: it claims {header_bytes} bytes, the file has {file_bytes}"
+                f"{path}: corrupt safetensors header: it claims {header_bytes} bytes, the file has {file_bytes}; "
+                "fetch the file again"
             )
         text = file.read(header_bytes)
     try:
         header = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"{path}: corrupt safetensors header: not JSON ({error})") from error
+        raise CheckpointError(
+            f"{path}: corrupt safetensors header: not JSON ({error}); fetch the file again"
+        ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: corrupt safetensors header: not a JSON object")
     return [
@@ -58,6 +61,6 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, file_bytes: int)
     if data_start + end > file_bytes:
         raise CheckpointError(
             f"{path}: file is cut short: tensor {name} ends at byte {data_start + end}, "
-            f"the file has {file_bytes}"
+            f"the file has {file_bytes}; fetch it again"
         )
     return TensorInfo(name, shape, dtype, path.name, data_start + begin)

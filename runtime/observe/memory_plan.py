@@ -109,6 +109,14 @@ def host_memory_bytes() -> int:
     return total if limit == "max" else min(total, int(limit))
 
 
+def build_shard_map(config: JobConfig, spec: ModelSpec) -> ShardMap:
+    """Who owns what in this job. Raises ConfigError when there are more shards than heads."""
+    try:
+        return ShardMap.build(spec.dims, config.tensor_parallel_size, config.shard_weights)
+    except ValueError as error:  # it names the settings, but cannot know this package's errors
+        raise ConfigError(str(error)) from None
+
+
 def plan_memory(
     config: JobConfig,
     spec: ModelSpec,

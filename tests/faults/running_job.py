@@ -161,10 +161,11 @@ class RunningJob:
         the last one has, and waits.
         """
         first, second, last = self.wait_for_shards()
+        store = 1 if self._launcher == "torchrun" else 0  # a socket; over it a worker says where it is
+        if store:
+            self.wait_for(_Steady(second, store), "worker that waits for its job")
         second.suspend()
-        # Its two ends of the control channel, and under torchrun the store.
-        num_sockets = 3 if self._launcher == "torchrun" else 2
-        self.wait_for(_Steady(last, num_sockets), "shard that waits for its start")
+        self.wait_for(_Steady(last, store + 2), "shard that waits for its start")
         last.suspend()
         second.resume()
         segment = self.wait_for(lambda: next(iter(_segments(first.pid)), None), "shared segment")
@@ -195,7 +196,7 @@ class RunningJob:
 
 
 class _Steady:
-    """True once a connected process has only slept for a while: it said hello and waits for an answer."""
+    """True once a process with so many sockets has only slept for a while: it waits for an answer."""
 
     POLLS = 15
 
@@ -211,7 +212,7 @@ class _Steady:
             sockets = [fd for fd in folder.glob("fd/*") if os.readlink(fd).startswith("socket:")]
         except OSError:  # a thread or file that was closed meanwhile
             states, sockets = ["R"], []
-        waits = all(state == "S" for state in states) and len(sockets) >= self._num_sockets
+        waits = all(state == "S" for state in states) and len(sockets) == self._num_sockets
         self._seen = self._seen + 1 if waits else 0
         return self._seen >= self.POLLS
 
