@@ -1,6 +1,6 @@
 """From a job's settings to a running model: resolve, plan, start the shards, build the coordinator."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,16 +12,15 @@ from ..runtime.coordinator.limits import Limits
 from ..runtime.coordinator.loop import Coordinator
 from ..runtime.coordinator.remote import CacheSize, RemoteExecutor
 from ..runtime.coordinator.request import Request
-from ..runtime.errors import ConfigError, RequestError
+from ..runtime.errors import ConfigError
 from ..runtime.models.checkpoint_index import read_index
+from ..runtime.models.prompt import Prompt, tokenize_prompt
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
 from ..runtime.models.tokenizer import load_tokenizer
 from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, build_shard_map, plan_memory, resolve_dtype
 from ..runtime.paths import cache_dir
 from ..runtime.sampling_params import SamplingParams
-
-Messages = Sequence[dict[str, Any]]
 
 
 class Engine:
@@ -93,36 +92,14 @@ class Engine:
             raise
         return cls(config, index.spec, planned[-1], tokenizer, executor, shards)
 
-    def make_request(
-        self, request_id: str, prompt: "str | Sequence[int] | Messages", sampling: SamplingParams
-    ) -> Request:
+    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
         """A request from a text, token ids, or chat messages. Raises RequestError when it cannot be tokenised."""
-        return Request.new(request_id, self._token_ids(request_id, prompt), sampling, self.config.seed)
-
-    def _token_ids(self, request_id: str, prompt: "str | Sequence[int] | Messages") -> list[int]:
-        if isinstance(prompt, str):
-            return list(self.tokenizer(prompt)["input_ids"])
-        if all(isinstance(item, int) for item in prompt):
-            ids = [int(item) for item in prompt if isinstance(item, int)]
-            bad = next((i for i in ids if not 0 <= i < self.spec.vocab_size), None)
-            if bad is not None:
-                raise RequestError(
-                    f'request "{request_id}": token id {bad} is not in the vocabulary of {self.spec.vocab_size}'
-                )
-            return ids
-        if self.tokenizer.chat_template is None:
-            raise RequestError(
-                f'request "{request_id}": it has messages and the tokenizer has no chat template; '
-                "set chat_template or send a prompt"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it may raise anything
-            raise RequestError(f'request "{request_id}": the chat template refused it: {error}') from None
-        # The template writes the special tokens itself, BOS included.
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Request.new(
+            request_id,
+            tokenize_prompt(self.tokenizer, self.spec.vocab_size, request_id, prompt),
+            sampling,
+            self.config.seed,
+        )
 
     def close(self) -> None:
         self.executor.close()

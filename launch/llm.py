@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from ..runtime.batch.records import Prompt
 from ..runtime.config import parse_config
 from ..runtime.coordinator.request import Request
 from ..runtime.errors import ConfigError, RequestError
+from ..runtime.models.prompt import Prompt
 from ..runtime.observe.progress import NoProgress, make_progress
 from ..runtime.sampling_params import SamplingParams
 

@@ -13,11 +13,12 @@ from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
 from ..coordinator.stats import CoordinatorStats
 from ..errors import RequestError
+from ..models.prompt import Prompt
 from ..observe.progress import ProgressView
 from ..observe.summary import BatchSummary
 from ..sampling_params import SamplingParams
 from .output import OutputFile
-from .records import BadRow, Prompt, Row
+from .records import BadRow, Row
 from .response import TokenDecoder, answer_line, error_line
 
 POLL_S = 0.1

@@ -13,11 +13,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ..errors import RequestError
+from ..models.prompt import Prompt
 from ..sampling_params import SamplingParams
 from .inputs import InputLine, read_lines
-
-Prompt = str | list[int] | list[dict[str, Any]]
-"""Text, token ids, or chat messages."""
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ _RESULT_KEYS = (
     "chat_template",
     "dtype",
     "seed",
-    "cache.dtype",
     *(f"sampling.{name}" for name in SamplingParams.model_fields),
 )
 # "auto" before the shards are started, a value after: compared only once it is known.
-_AUTO_KEYS = ("dtype", "cache.dtype")
+_AUTO_KEYS = ("dtype",)
 
 
 def save_config(path: Path, config: JobConfig) -> None:

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from kvshard.runtime.batch.records import Prompt
 from kvshard.runtime.config import JobConfig
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.limits import Limits
@@ -22,6 +21,7 @@ from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import NO_TOKEN, StepPlan, StepResult
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.errors import RequestError, ShardError
+from kvshard.runtime.models.prompt import Prompt
 from kvshard.runtime.sampling_params import SamplingParams
 
 NUM_BLOCKS = 1000

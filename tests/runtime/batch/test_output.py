@@ -195,7 +195,6 @@ def test_the_saved_config_is_a_job_file(tmp_path: Path) -> None:
         ({"seed": 1}, "seed", "0", "1"),
         ({"chat_template": "t"}, "chat_template", "None", "'t'"),
         ({"dtype": "float16"}, "dtype", "'float32'", "'float16'"),
-        ({"cache": {"dtype": "float16"}}, r"cache\.dtype", "'auto'", "'float16'"),
     ],
 )
 def test_settings_that_change_answers_are_refused_for_a_file_that_has_some(
