@@ -13,6 +13,7 @@ import select
 import signal
 import struct
 import sys
+from typing import BinaryIO
 
 from kvshard.runtime.messages import ShardJob
 from kvshard.runtime.shard.main import run_shard
@@ -24,10 +25,10 @@ def main() -> None:
     source, report = sys.stdin.buffer, sys.stdout.fileno()
     # A child must not write into the report pipe, and Ctrl-C is the coordinator's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    (num_jobs,) = LENGTH.unpack(source.read(LENGTH.size))
-    jobs = [
-        ShardJob.from_bytes(source.read(LENGTH.unpack(source.read(LENGTH.size))[0])) for _ in range(num_jobs)
-    ]
+    try:
+        jobs = [ShardJob.from_bytes(_read(source, _read_length(source))) for _ in range(_read_length(source))]
+    except EOFError:
+        return  # the parent died before it had told all
     wake, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -49,6 +50,18 @@ def main() -> None:
         os.kill(pid, signal.SIGKILL)
     for pid in children:
         os.waitpid(pid, 0)
+
+
+def _read_length(source: BinaryIO) -> int:
+    (length,) = LENGTH.unpack(_read(source, LENGTH.size))
+    return int(length)
+
+
+def _read(source: BinaryIO, count: int) -> bytes:
+    data = source.read(count)
+    if len(data) < count:
+        raise EOFError
+    return data
 
 
 def _run_child(job: ShardJob, *descriptors: int) -> None:

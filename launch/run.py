@@ -27,7 +27,7 @@ EXIT_ROWS_FAILED = 1
 EXIT_JOB_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-_GO_ON = "The rows that finished are in the output file; the same command runs the others."
+GO_ON = "The rows that finished are in the output file; the same command runs the others."
 
 
 def execute_job(
@@ -41,7 +41,7 @@ def execute_job(
     `limit` takes the first rows of the input only; `retry_failed` runs rows again that ended as an input
     error; `launcher` replaces the one that the config names. Errors are told on stderr.
     """
-    return report_errors(lambda: _execute(config, limit, retry_failed, launcher), hint=_GO_ON)
+    return report_errors(lambda: _execute(config, limit, retry_failed, launcher), hint=GO_ON)
 
 
 def is_done(config: JobConfig, limit: int | None = None, retry_failed: bool = False) -> bool:
@@ -136,7 +136,7 @@ def _execute(config: JobConfig, limit: int | None, retry_failed: bool, launcher:
                 progress.stop()
     print_summary(summary, Console())
     if summary.interrupted:
-        status.print(f"Interrupted. {_GO_ON}", soft_wrap=True)
+        status.print(f"Interrupted. {GO_ON}", soft_wrap=True)
         return EXIT_INTERRUPTED
     return EXIT_ROWS_FAILED if summary.num_failed else EXIT_OK
 

@@ -31,12 +31,12 @@ from ..runtime.coordinator.launcher import Placement
 from ..runtime.errors import ConfigError, ShardError
 from ..runtime.messages import ShardJob, pack, unpack
 from ..runtime.shard.main import run_shard
+from .run import EXIT_INTERRUPTED, EXIT_JOB_ERROR, GO_ON, execute_job
 
 LENGTH = struct.Struct("<I")
 NO_JOB = b"-"
 JOIN_S = 120.0  # for all workers to come to the store, in seconds
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-JOB_ERROR, INTERRUPTED = 2, 130  # exit codes, as in run.py, which imports more than a worker needs
 ENDED = "torchrun ended the workers; its own log names the first that failed"
 
 
@@ -51,12 +51,15 @@ def start_torchrun(config: JobConfig, arguments: list[str]) -> int:
     This process is torchrun's agent itself: nothing runs on when it is killed.
     """
     options = ["--standalone", "--nproc-per-node", str(config.tensor_parallel_size)]
+    options += ["--signals-to-handle", "SIGTERM"]
     with tempfile.TemporaryDirectory(prefix="kvshard-") as folder:
         report = Path(folder) / str(os.getpid())
         command = ["-m", "kvshard", "run", *arguments, "--report-exit-code", str(report)]
         # As torchrun would, after a warning; a shard sets its own number of threads.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the agent sets its own
+        # The agent hands on the signal it got, and SIGINT would show as tracebacks of workers that still import.
+        signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
         failures: dict[int, ProcessFailure] = {}
         try:
             torch_run.run(torch_run.parse_args([*options, *command]))
@@ -64,13 +67,13 @@ def start_torchrun(config: JobConfig, arguments: list[str]) -> int:
             pass  # the workers have ended by now
         except ChildFailedError as error:
             failures = error.failures
-        code = int(report.read_text()) if report.exists() else INTERRUPTED
+        code = int(report.read_text()) if report.exists() else EXIT_INTERRUPTED
     # A coordinator that torchrun stops because a worker died cannot tell that from a user's Ctrl-C.
-    if failures and code == INTERRUPTED:
+    if failures and code == EXIT_INTERRUPTED:
         rank, failed = min(failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp))
         reason = failed.signal_name() if failed.exitcode < 0 else f"exit code {failed.exitcode}"
-        print(f"Error: shard {rank} was lost ({reason}). Repeat the command to go on.", file=sys.stderr)
-        return JOB_ERROR
+        print(f"Error: shard {rank} was lost ({reason}).\n{GO_ON}", file=sys.stderr)
+        return EXIT_JOB_ERROR
     return code
 
 
@@ -128,8 +131,8 @@ def _run_rank_zero(
         _run_shard(ShardJob.from_bytes(jobs[0]))
     code = coordinator.wait()
     if code < 0:
-        print(f"Error: the coordinator was killed by {signal.Signals(-code).name}.", file=sys.stderr)
-        code = JOB_ERROR
+        print(f"Error: the coordinator was killed by {signal.Signals(-code).name}.\n{GO_ON}", file=sys.stderr)
+        code = EXIT_JOB_ERROR
     if report is None:
         return code
     report.write_text(str(code))
@@ -143,7 +146,7 @@ def _end_with_parent(agent: int | None) -> None:
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if agent is not None and os.getppid() != agent:
-        os._exit(JOB_ERROR)
+        os._exit(EXIT_JOB_ERROR)
 
 
 def _run_shard(job: ShardJob) -> None:
@@ -222,13 +225,11 @@ class TorchrunLauncher:
         os.read(sys.stdin.fileno(), 1)  # returns when rank 0 has ended
         self._rank_zero_gone.set()
         if not self._started:
-            os._exit(JOB_ERROR)  # in the middle of imports and files, and with nothing to save
+            os._exit(EXIT_JOB_ERROR)  # in the middle of imports and files, and with nothing to save
 
 
 def main() -> int:
     """The coordinator child of rank 0."""
-    from .run import execute_job
-
     source = sys.stdin.buffer
     config_json, options, places = unpack(source.read(LENGTH.unpack(source.read(LENGTH.size))[0]))
     config = JobConfig.model_validate_json(config_json)

@@ -42,8 +42,8 @@ def test_a_killed_shard_is_named(
         assert "killed by SIGKILL" in log
     elif launcher == "ray":
         assert re.search(r"shard \d on .* its Ray actor died", log, re.DOTALL)
-    else:
-        assert "SIGKILL" in log
+    else:  # told by the coordinator, or by the process that is torchrun's agent, whichever is there
+        assert re.search(rf"shard {victim} (on|was lost)", log)
     assert "Traceback" not in log
     assert "the same command" in log.lower()
     complete(job, launcher, temp)
