@@ -33,7 +33,10 @@ class Setting:
     @property
     def possible(self) -> bool:
         # One row alone has all the blocks, and without the cache no row keeps any.
-        return not (self.few_blocks and (self.one_at_a_time or not self.cache))
+        if self.few_blocks and (self.one_at_a_time or not self.cache):
+            return False
+        # Every token of every row in several steps of its own: minutes, and nothing that pairs of these do not show.
+        return not (self.one_at_a_time and self.chunked and not self.cache)
 
 
 VALUES: dict[str, tuple[int | str | bool, ...]] = {
