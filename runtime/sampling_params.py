@@ -1,8 +1,10 @@
 """How one request's tokens are chosen: vLLM's names and meanings."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MAX_INT32 = 2**31 - 1  # JSON has integers of any size; plans and slots hold 32 bits
 
 
 class SamplingParams(BaseModel):
@@ -11,9 +13,14 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     temperature: float = Field(
-        1.0, ge=0.0, description="0 picks the most likely token; 1 samples the model's own distribution"
+        1.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="0 picks the most likely token; 1 samples the model's own distribution",
     )
-    top_k: int = Field(0, ge=-1, description="sample among the k most likely tokens; 0 or -1 means all")
+    top_k: int = Field(
+        0, ge=-1, le=MAX_INT32, description="sample among the k most likely tokens; 0 or -1 means all"
+    )
     top_p: float = Field(
         1.0, gt=0.0, le=1.0, description="sample among the fewest tokens that hold this probability"
     )
@@ -25,13 +32,16 @@ class SamplingParams(BaseModel):
         description="same seed, prompt and settings: same tokens; default: derived from the job's seed and the row id",
     )
     max_tokens: int | None = Field(
-        16, ge=1, description="most new tokens; null: up to scheduler.max_model_len"
+        16, ge=1, le=MAX_INT32, description="most new tokens; null: up to scheduler.max_model_len"
     )
     min_tokens: int = Field(
-        0, ge=0, description="no EOS, stop token or stop string ends the row before this many new tokens"
+        0,
+        ge=0,
+        le=MAX_INT32,
+        description="no EOS, stop token or stop string ends the row before this many new tokens",
     )
     stop: tuple[str, ...] = Field((), description="strings that end the row; not part of the text")
-    stop_token_ids: tuple[int, ...] = Field(
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, le=MAX_INT32)], ...] = Field(
         (), description="token ids that end the row, besides the model's EOS"
     )
     ignore_eos: bool = Field(False, description="go on after the model's EOS token")

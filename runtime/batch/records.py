@@ -215,8 +215,12 @@ def _read_messages(value: Any) -> Prompt:
             if key not in _MESSAGE_KEYS and inner is not None:
                 raise RequestError(f"{where}.{key} is not supported")
         content = _read_content(message.get("content"), f"{where}.content")
-        name = {"name": message["name"]} if message.get("name") is not None else {}
-        messages.append({"role": message["role"], "content": content, **name})
+        texts = {"role": _text(message["role"], f"{where}.role"), "content": content}
+        if (name := message.get("name")) is not None:
+            if not isinstance(name, str):
+                raise RequestError(f"{where}.name must be a string, not {_kind(name)}")
+            texts["name"] = _text(name, f"{where}.name")
+        messages.append(texts)
     return messages
 
 

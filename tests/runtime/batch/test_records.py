@@ -13,7 +13,8 @@ from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.5, max_tokens=7, stop="x")
-CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+USER = {"role": "user", "content": "hi"}
+CHAT = {"messages": [USER]}
 
 
 def read(tmp_path: Path, *lines: Any, line_format: Any = "auto") -> list[Row | BadRow]:
@@ -125,6 +126,15 @@ def test_a_line_without_a_usable_id_is_named_after_its_line(tmp_path: Path, line
         ({**CHAT, "min_tokens": 8}, "min_tokens=8 is more than max_tokens=7"),
         ({**CHAT, "logprobs": 3}, "logprobs=3"),
         ({**CHAT, "stop_token_ids": ["x"]}, 'stop_token_ids.0="x"'),
+        ({**CHAT, "temperature": float("inf")}, "temperature=Infinity"),
+        # No plan could hold these.
+        ({**CHAT, "top_k": 2**64}, "top_k=18446744073709551616: Input should be less than"),
+        ({**CHAT, "min_tokens": 2**64}, "min_tokens=18446744073709551616"),
+        ({**CHAT, "stop_token_ids": [2**64]}, "stop_token_ids.0=18446744073709551616"),
+        # No tokenizer takes these, and a template may print them.
+        ({"messages": [{"role": "\ud83d", "content": "x"}]}, "messages[0].role holds half of a surrogate"),
+        ({"messages": [{**USER, "name": "\ud83d"}]}, "messages[0].name holds half of a surrogate"),
+        ({"messages": [{**USER, "name": 5}]}, "messages[0].name must be a string, not a number"),
     ],
 )
 @pytest.mark.parametrize("form", ["plain", "openai"])
