@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .host import to_device
+
 T = TypeVar("T")
 Int32Array = npt.NDArray[np.int32]
 
@@ -108,8 +110,8 @@ class AttentionMetadata:
         starts = np.zeros(num_rows + 1, dtype=np.int32)
         np.cumsum(query_lens, out=starts[1:])
         return cls(
-            query_start=torch.from_numpy(starts).to(device, non_blocking=True),
-            context_lens=torch.from_numpy(context_lens).to(device, non_blocking=True),
+            query_start=to_device(starts, device),
+            context_lens=to_device(context_lens, device),
             block_tables=block_tables,
             query_lens_host=query_lens,
             context_lens_host=context_lens,

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..host import to_device
 from ..metadata import AttentionMetadata, HeadLayout
 from ..tiles import AttentionTile, AttentionTiles
 
@@ -79,8 +80,8 @@ def _work_list(
         tile=tile,
         tile_queries=tile_queries,
         num_partials=int(parts.sum()),
-        items=torch.from_numpy(items.astype(np.int32)).to(device, non_blocking=True),
-        combined=torch.from_numpy(combined.astype(np.int32)).to(device, non_blocking=True),
+        items=to_device(items.astype(np.int32), device),
+        combined=to_device(combined.astype(np.int32), device),
     )
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...kernels.host import to_device
 from ...kernels.philox import gumbel_noise
 from ...parallel.group import Group
 from ..coordinator.plan import NO_TOKEN, Int32, SlotSampling
@@ -204,4 +205,4 @@ class Sampler:
         return logprobs.float()
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(array, self.device)

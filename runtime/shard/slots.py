@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...kernels.host import to_device
 from ...kernels.ops import AttentionMetadata
 from ..coordinator.plan import StepPlan
 
@@ -105,7 +106,4 @@ class Slots:
         self._block_tables[self._to_device(rows), self._to_device(columns)] = self._to_device(ids, np.int32)
 
     def _to_device(self, values: npt.NDArray[np.integer], dtype: type[np.integer] = np.int64) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype))
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return to_device(np.ascontiguousarray(values, dtype), self._device)
