@@ -3,6 +3,7 @@
 import os
 import socket
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ...parallel.shard_map import ShardMap
 from ..config import JobConfig, config_hash
 from ..coordinator.executor import ShardInfo
 from ..coordinator.plan import decode_plan, encode_result
+from ..errors import ConfigError
 from ..messages import Hello, Kind, ShardJob, Start, pack, unpack
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..observe.memory_plan import host_memory_bytes
@@ -26,22 +28,23 @@ from .worker import PendingResult, Worker
 
 def run_shard(job: ShardJob) -> None:
     """Serve plans until the coordinator says CLOSE. Failures are reported to it, then end the process."""
-    link = Link(job)
-    try:
-        _Shard(job, link).serve()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the coordinator is the one to raise it
-        link.send(Kind.ERROR, pack(_report(error)))
-        raise SystemExit(1) from None
-    finally:
-        link.close()
+    with ExitStack() as held:
+        link = Link(job)
+        held.callback(link.close)
+        try:
+            _Shard(job, link, held).serve()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the coordinator is the one to raise it
+            # Before the group is closed: that may take its time, and makes other ranks report what follows from it.
+            link.send(Kind.ERROR, pack(_report(error)))
+            raise SystemExit(1) from None
 
 
 def _report(error: Exception) -> dict[str, Any]:
     missing: tuple[int, ...] = ()
     if isinstance(error, GroupError):
         cause, missing = "group", error.missing
-    elif isinstance(error, (ValueError, OSError)):
-        cause = "config"
+    elif isinstance(error, (ConfigError, OSError)) and not isinstance(error, TimeoutError):
+        cause = "config"  # a file or an address; a step that is late (TimeoutError) is the shard's
     else:
         cause = "shard"
     message = str(error) if cause != "shard" else f"{type(error).__name__}: {error}"
@@ -49,9 +52,11 @@ def _report(error: Exception) -> dict[str, Any]:
 
 
 class _Shard:
-    def __init__(self, job: ShardJob, link: Link) -> None:
+    def __init__(self, job: ShardJob, link: Link, held: ExitStack) -> None:
+        """What the shard comes to hold is given back when `held` is left."""
         self._job = job
         self._link = link
+        self._held = held
         self._config = JobConfig.model_validate_json(job.config_json)
         self._device = torch.device(job.device)
 
@@ -69,14 +74,12 @@ class _Shard:
             torch.cuda.set_device(self._device)
         checkpoint = open_checkpoint(Path(self._job.model_path))
         group = self._connect_group(store, start, checkpoint.spec.hidden_size)
+        self._held.callback(group.close)
         self._link.on_lost(lambda: group.abort("the coordinator is gone"))
-        try:
-            worker = self._load(checkpoint, group, start)
-            info = shard_info(worker, start.threads[self._job.rank])
-            self._link.send(Kind.READY, pack(asdict(info)))
-            self._run_plans(worker)
-        finally:
-            group.close()
+        worker = self._load(checkpoint, group, start)
+        info = shard_info(worker, start.threads[self._job.rank])
+        self._link.send(Kind.READY, pack(asdict(info)))
+        self._run_plans(worker)
 
     def _host_store(self) -> TCPStore:
         """The rendezvous store, listening on the one address by which the other shards reach this host."""
@@ -139,10 +142,10 @@ class _Shard:
         return worker
 
     def _run_plans(self, worker: Worker) -> None:
-        """Launch plans as they come; answer each as soon as it is done, the next one launched if it is there."""
+        """Launch each plan as soon as it comes, also while the device works on earlier ones; answer in order."""
         launched: deque[PendingResult] = deque()
         while True:
-            while launched and (launched[0].ready() or not self._link.has_message()):
+            while launched and launched[0].done_before(self._link.has_message):
                 self._answer(launched.popleft())
             kind, payload = self._link.receive()
             if kind is Kind.CLOSE:

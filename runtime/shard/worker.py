@@ -122,13 +122,28 @@ class PendingResult:
         else:
             self._forward_ms = self._clock.until(None)
 
-    def ready(self) -> bool:
-        return self._done is None or self._done.query()
+    def done_before(self, interrupted: Callable[[], bool]) -> bool:
+        """Wait until the device is done (True), or `interrupted` says that there is something else to do (False).
+
+        Raises TimeoutError when neither comes within the step's deadline.
+        """
+        # Polled, as an event cannot be waited for with a deadline; the pause lets other threads run.
+        pause, deadline = threading.Event(), time.monotonic() + self._deadline_s
+        while self._done is not None and not self._done.query():
+            if interrupted():
+                return False
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"step {self._plan.step_id} did not finish on the device within "
+                    f"timeouts.step_s={self._deadline_s:g} s"
+                )
+            pause.wait(50e-6)
+        return True
 
     def wait(self) -> StepResult:
         """The result. Raises TimeoutError when the device is not done within the step's deadline."""
+        self.done_before(lambda: False)
         if self._done is not None:
-            _poll(self._done.query, self._deadline_s, f"step {self._plan.step_id}")
             self._forward_ms = self._clock.until(self._done)
         samples = self._plan.row_samples
         token_ids: Int32 = np.full(len(samples), NO_TOKEN, np.int32)
@@ -146,12 +161,3 @@ def _to_host(values: torch.Tensor) -> torch.Tensor:
         return values
     # Only a copy into pinned memory is asynchronous.
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-
-
-def _poll(done: Callable[[], bool], deadline_s: float, what: str) -> None:
-    """Wait for the device without blocking other threads; an event cannot be waited for with a deadline."""
-    pause, deadline = threading.Event(), time.monotonic() + deadline_s
-    while not done():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not finish on the device within timeouts.step_s={deadline_s:g} s")
-        pause.wait(50e-6)
