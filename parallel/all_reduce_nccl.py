@@ -62,9 +62,8 @@ class NcclTransport:
             self._process_group.abort()
 
     def close(self) -> None:
-        if self._aborted is None:
-            self._aborted = "the group is closed"
-            self._process_group.shutdown()
+        """Not torch's `shutdown`: that waits, without a deadline, for collectives whose peers may be gone."""
+        self.abort("the group is closed")
 
     def _begin(self, where: str) -> None:
         self.sequence += 1
