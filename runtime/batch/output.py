@@ -99,13 +99,21 @@ class OutputFile:
         self._dirty.set()
 
     def close(self) -> None:
-        """Sync and unlock; safe to call twice."""
+        """Sync and unlock; safe to call twice. Raises ConfigError when rows may not have come to the disk."""
         if self._closing.is_set():
             return
         self._closing.set()
         self._syncer.join()
         try:
             os.fsync(self._fd)
+            # Linux tells a failed write-back once: after the syncer was told, the sync above succeeds.
+            if self._sync_error is not None:
+                raise self._sync_error
+        except OSError as error:
+            raise ConfigError(
+                f"cannot sync {self.path} to its disk: {error.strerror}; its last rows may be lost, so copy it "
+                "elsewhere and look at the disk before the same command goes on"
+            ) from None
         finally:
             os.close(self._fd)
 

@@ -1,9 +1,11 @@
 """The output file as a journal: what counts as done, what is repaired, what is refused."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,6 @@ def test_each_row_is_one_write_and_the_end_is_synced(tmp_path: Path, monkeypatch
 
 
 def test_it_is_synced_while_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     synced = threading.Event()
     monkeypatch.setattr("kvshard.runtime.batch.output.SYNC_INTERVAL_S", 0.01)
     monkeypatch.setattr(os, "fsync", lambda fd: synced.set())
@@ -70,6 +70,28 @@ def test_it_is_synced_while_it_is_open(tmp_path: Path, monkeypatch: pytest.Monke
         assert not synced.wait(0.1)  # nothing to sync
         output.write(ok_line("a"))
         assert synced.wait(10)
+
+
+@pytest.mark.parametrize("by_syncer", [True, False])
+def test_a_failed_sync_is_told_even_if_no_row_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_syncer: bool
+) -> None:
+    """As Linux does it: a write-back that failed is told by one fsync, the next one succeeds."""
+    told = threading.Event()
+
+    def fsync(fd: int) -> None:
+        if not told.is_set():
+            told.set()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("kvshard.runtime.batch.output.SYNC_INTERVAL_S", 0.01 if by_syncer else 100)
+    monkeypatch.setattr(os, "fsync", fsync)
+    output = OutputFile.open(tmp_path / "out.jsonl", CONFIG)
+    output.write(ok_line("a"))
+    assert told.wait(10) if by_syncer else not told.is_set()
+    with pytest.raises(ConfigError, match=r"cannot sync .*out\.jsonl to its disk: Input/output error"):
+        output.close()
+    output.close()
 
 
 @pytest.mark.parametrize("length", [1, 12, 30, len(ok_line("torn")) - 1])
