@@ -113,7 +113,8 @@ def test_ray_cluster() -> None:
     validate_config(prepare_config(copy.deepcopy(cluster)))  # Ray's own schema
     assert cluster["provider"]["type"] == "local"
     assert cluster["min_workers"] == cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
-    assert any("--head" in command for command in cluster["head_start_ray_commands"])
+    [head] = [command for command in cluster["head_start_ray_commands"] if "--head" in command]
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head, "else no worker is ever started"
     assert any("$RAY_HEAD_IP" in command for command in cluster["worker_start_ray_commands"])
 
 
@@ -136,3 +137,5 @@ def test_slurm_script_is_valid_shell() -> None:
     nodes, gpus = (int(re.search(rf"{key}=(\d+)", text)[1]) for key in ("--nodes", "--gpus-per-node"))  # type: ignore[index]
     assert nodes * gpus == load_config(CONFIGS / "two_nodes.yaml").tensor_parallel_size
     assert f"--nproc-per-node={gpus}" in text
+    assert re.search(r"^srun .*--cpus-per-task=", text, re.MULTILINE), "else each host has one core"
+    assert "KVSHARD_" not in text, "no environment variables of our own"

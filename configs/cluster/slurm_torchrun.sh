@@ -14,12 +14,13 @@
 set -euo pipefail
 
 job_file=$(realpath "$1")
-source "${KVSHARD_VENV:-/shared/kvshard-env}/bin/activate"   # the built wheel, on a disk that all hosts see
+source /shared/kvshard-env/bin/activate   # has the built wheel, on a disk that all hosts see
 
 head_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One torchrun a host starts that host's shards; rank 0's host also runs the coordinator and reads and writes the files.
-srun --kill-on-bad-exit=1 torchrun \
+# srun takes no cores from sbatch's options since Slurm 22.05: without its own it would give one to each host.
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
   --nnodes="$SLURM_NNODES" \
   --nproc-per-node=4 \
   --rdzv-backend=c10d \
