@@ -1,11 +1,14 @@
 """The Python API: `LLM(...).generate(prompts, sampling_params)`, with outputs shaped like vLLM's."""
 
+import signal
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 from rich.console import Console
@@ -107,7 +110,8 @@ class LLM:
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}; `sampling_params` is one for all or
         one for each. Requests are named "0", "1", ... over the life of this object. Raises RequestError for
-        a prompt that cannot run, before any runs, and ShardError.
+        a prompt that cannot run, before any runs, and ShardError, which also closes this object. Ctrl-C ends the call
+        after the current step; a second one does not wait for it, and closes this object.
         """
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         return self._run([_read_prompt(prompt) for prompt in many], sampling_params, progress)
@@ -184,17 +188,28 @@ class LLM:
         view.start(total)
         num_tokens = 0
         try:
-            while coordinator.has_work:  # after an abort until its last plan is back, which frees its blocks
-                ended = coordinator.step()
-                while self._aborts:
-                    if (aborted := coordinator.abort(self._aborts.popleft())) is not None:
-                        ended.append(aborted)
-                for request in ended:
-                    del self._live[request.request_id]
-                    num_tokens += len(request.output_token_ids)
-                view.update(total - len(self._live), 0, num_tokens)
+            with _interrupts_held() as let_interrupt:
+                while (
+                    coordinator.has_work
+                ):  # after an abort until its last plan is back, which frees its blocks
+                    let_interrupt()
+                    ended = self._step()
+                    while self._aborts:
+                        if (aborted := coordinator.abort(self._aborts.popleft())) is not None:
+                            ended.append(aborted)
+                    for request in ended:
+                        del self._live[request.request_id]
+                        num_tokens += len(request.output_token_ids)
+                    view.update(total - len(self._live), 0, num_tokens)
         finally:
             view.stop()
+
+    def _step(self) -> list[Request]:
+        try:
+            return self._engine.coordinator.step()
+        except BaseException:
+            self._close()  # a step that was broken off cannot be taken up again
+            raise
 
     def _output(self, request: Request, prompt: Prompt) -> RequestOutput:
         logprobs = None
@@ -230,6 +245,32 @@ class LLM:
                 num_preemptions=request.num_preemptions,
             ),
         )
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[Callable[[], None]]:
+    """Inside, Ctrl-C only takes effect when the function that this gives is called; a second one does at once."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield lambda: None  # it reaches only the main thread, or nobody
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append((number, frame))
+        if len(held) > 1:
+            previous(number, frame)
+
+    def let_interrupt() -> None:
+        if held:
+            previous(*held.pop())
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield let_interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    let_interrupt()
 
 
 def _read_prompt(prompt: PromptInput) -> Prompt:

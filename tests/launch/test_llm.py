@@ -1,12 +1,14 @@
 """The Python API over a fake engine: shapes, order, errors, aborts."""
 
 import gc
+import signal
 import sys
 import threading
 from typing import Any
 
 import pytest
 from kvshard.launch.llm import LLM, Logprob
+from kvshard.runtime.coordinator.plan import StepResult
 from kvshard.runtime.errors import ConfigError, RequestError, ShardError
 from kvshard.runtime.sampling_params import SamplingParams
 
@@ -135,20 +137,31 @@ def test_abort_frees_the_blocks_and_the_others_go_on() -> None:
     assert outputs[2].outputs[0].token_ids == []
 
 
-def test_an_interrupted_call_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("num_interrupts", [1, 2])
+def test_an_interrupt_waits_for_the_step_and_a_second_does_not(num_interrupts: int) -> None:
+    """It comes while a result is on its way: what ends the step there loses that result."""
     with LLM(model="m") as llm:
-        engine = engine_of(llm)
+        executor = engine_of(llm).executor
+        result = executor.result
 
-        def interrupt() -> None:
-            if engine.executor.num_results == 2:
-                raise KeyboardInterrupt
+        def interrupted_result() -> StepResult:
+            answer = result()
+            if executor.num_results == 2:
+                for _ in range(num_interrupts):
+                    signal.raise_signal(signal.SIGINT)
+            return answer
 
-        engine.executor.on_step = interrupt
+        executor.result = interrupted_result  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["a", "b"], SamplingParams(temperature=0, max_tokens=100))
-        outputs = llm.generate(["c"], GREEDY)
-    assert [output.request_id for output in outputs] == ["2"]
-    assert len(outputs[0].outputs[0].token_ids) == 3
+        assert executor.num_results == 2
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if num_interrupts == 1:
+            [output] = llm.generate(["c"], GREEDY)
+            assert (output.request_id, output.outputs[0].text) == ("2", "ABC")
+        else:
+            with pytest.raises(ConfigError, match="this LLM is closed"):
+                llm.generate(["c"], GREEDY)
 
 
 def test_a_lost_shard_is_raised_and_a_closed_llm_says_so() -> None:
@@ -156,9 +169,9 @@ def test_a_lost_shard_is_raised_and_a_closed_llm_says_so() -> None:
     engine_of(llm).executor.lost_at_step = 2
     with pytest.raises(ShardError, match="node-b"):
         llm.generate(["a", "b"], GREEDY)
-    llm.close()
-    llm.close()
     assert engine_of(llm).executor.closed
+    llm.close()
+    llm.close()
     with pytest.raises(ConfigError, match="this LLM is closed"):
         llm.generate("a", GREEDY)
 
