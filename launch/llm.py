@@ -189,9 +189,8 @@ class LLM:
         num_tokens = 0
         try:
             with _interrupts_held() as let_interrupt:
-                while (
-                    coordinator.has_work
-                ):  # after an abort until its last plan is back, which frees its blocks
+                # After an abort until its last plan is back, which frees its blocks.
+                while coordinator.has_work:
                     let_interrupt()
                     ended = self._step()
                     while self._aborts:
