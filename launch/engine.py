@@ -1,6 +1,7 @@
 """From a job's settings to a running model: resolve, plan, start the shards, build the coordinator."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,32 +66,34 @@ class Engine:
         model_path = resolve_model(config.model, config.revision)
         index = read_index(model_path)
         shard_map = build_shard_map(config, index.spec)
-        if launcher is None:
-            launcher = _launcher(config)
-        config = resolve_device(config, launcher)
-        device_kind: DeviceKind = "cuda" if config.device == "cuda" else "cpu"
-        planned: list[MemoryPlan] = []
+        with ExitStack() as started:
+            if launcher is None:
+                launcher = _launcher(config)
+            if launcher is not None:
+                started.callback(launcher.close, 0.0)  # asking Ray for its GPUs may have started a cluster
+            config = resolve_device(config, launcher)
+            device_kind: DeviceKind = "cuda" if config.device == "cuda" else "cpu"
+            planned: list[MemoryPlan] = []
 
-        def size_cache(memory: list[int] | None) -> CacheSize:
-            plan = plan_memory(config, index.spec, shard_map, device_kind, memory)
-            plan.require_fit()
-            planned.append(plan)
-            return CacheSize(plan.num_blocks, plan.max_model_len)
+            def size_cache(memory: list[int] | None) -> CacheSize:
+                plan = plan_memory(config, index.spec, shard_map, device_kind, memory)
+                plan.require_fit()
+                planned.append(plan)
+                return CacheSize(plan.num_blocks, plan.max_model_len)
 
-        size_cache(None)  # what is wrong whatever the memory is said before anything is started
-        tokenizer = load_tokenizer(model_path, config.tokenizer, cache_dir())
-        if config.chat_template is not None:
-            tokenizer.chat_template = _read_template(config.chat_template)
-        executor = _executor(config, launcher, str(model_path.resolve()), size_cache)
-        on_status(
-            f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}"
-        )
-        try:
+            size_cache(None)  # what is wrong whatever the memory is said before anything is started
+            tokenizer = load_tokenizer(model_path, config.tokenizer, cache_dir())
+            if config.chat_template is not None:
+                tokenizer.chat_template = _read_template(config.chat_template)
+            executor = _executor(config, launcher, str(model_path.resolve()), size_cache)
+            on_status(
+                f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}"
+            )
+            started.callback(executor.close)
             shards = executor.start()
-        except BaseException:
-            executor.close()
-            raise
-        return cls(config, index.spec, planned[-1], tokenizer, executor, shards)
+            engine = cls(config, index.spec, planned[-1], tokenizer, executor, shards)
+            started.pop_all()  # the engine's to close from here on
+        return engine
 
     def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
         """A request from a text, token ids, or chat messages. Raises RequestError when it cannot be tokenised."""
