@@ -14,8 +14,10 @@ SHORT_CONTEXT = 256
 # Longer contexts are padded to a multiple of the chunk that torch's flash kernel takes at once. A row then meets
 # matrix products of the same shape alone and in any batch, and so gets the same bits.
 LONG_CONTEXT_STEP = 512
-# Prompts up to this long share a bucket for the same reason.
+# Rows of 2 to this many new tokens are padded to it, longer ones to a multiple of the fewest queries that the flash
+# kernel takes at once: products with few rows are computed on other paths, with other bits.
 SHORT_QUERY = 16
+LONG_QUERY_STEP = 32
 # Keys gathered at once, in tokens: bounds the copies when many rows have long contexts.
 MAX_GATHERED_TOKENS = 65536
 
@@ -117,6 +119,10 @@ def _bucket(
     block_size = meta.block_size
     num_rows = len(rows.number)
     most_queries = int(rows.query_len.max())
+    if most_queries > SHORT_QUERY:
+        most_queries = -(-most_queries // LONG_QUERY_STEP) * LONG_QUERY_STEP
+    elif most_queries > 1:
+        most_queries = SHORT_QUERY
     num_positions = most_blocks * block_size
     num_kv_heads = heads.num_kv_heads
     streams = np.arange(num_kv_heads)

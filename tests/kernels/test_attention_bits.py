@@ -51,6 +51,29 @@ def test_a_row_alone_and_in_a_batch(backend, attention_case, dtype):
         assert torch.equal(alone, together[begin : begin + case.query_lens[row]])
 
 
+@pytest.mark.parametrize(
+    ("query_lens", "context_lens", "options"),
+    [
+        ((2, 16, 9), (700, 1200, 513), {"q_per_kv": (3, 3), "head_dim": 64}),
+        ((8, 2, 16), (8, 26, 226), {"q_per_kv": (4,), "head_dim": 128}),
+        ((67, 65), (935, 105), {"q_per_kv": (4,), "head_dim": 64, "window": 30}),
+        ((13, 37, 41), (51, 76, 41), {"q_per_kv": (4,), "head_dim": 128, "dtype": torch.float16}),
+    ],
+    ids=["few queries", "few positions", "a few over a multiple", "f16"],
+)
+def test_prompts_alone_and_in_a_batch_on_cpu(attention_case, query_lens, context_lens, options):
+    """Lengths at which products of other shapes have other bits, unless rows are padded the same way in any batch."""
+    from kvshard.kernels import cpu
+
+    case = attention_case(query_lens, context_lens, **options, seed=152)
+    together = case.run(cpu.paged_attention)
+    begin = 0
+    for row, length in enumerate(query_lens):
+        alone = case.alone(row).run(cpu.paged_attention)
+        assert torch.equal(alone, together[begin : begin + length])
+        begin += length
+
+
 @pytest.mark.parametrize("window", [None, 21], ids=lambda window: f"window {window}")
 def test_a_prompt_cut_into_steps(triton_attention, triton_device, attention_case, window):
     """40 new tokens at once, and as steps of 1, 3, 16 and 20: decode tiles, prefill tiles, chunks in parts."""
