@@ -36,7 +36,7 @@ test-all: lint
 lint: $(VENV)/.ready-to-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=$(VENV)/types $(BIN)/mypy -p kvshard.runtime -p kvshard.parallel -p kvshard.launch
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p kvshard.kernels -p kvshard.parallel -p kvshard.runtime -p kvshard.launch
 
 clean:
 	rm -rf $(VENV)

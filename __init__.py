@@ -8,7 +8,7 @@ from typing import Any
 
 _PUBLIC = {
     "LLM": "kvshard.launch.llm",
-    "SamplingParams": "kvshard.runtime.coordinator.request",
+    "SamplingParams": "kvshard.runtime.sampling_params",
     "JobConfig": "kvshard.runtime.config",
 }
 

@@ -1,5 +1,5 @@
 // All-reduce, all-gather and barrier for ranks on one host, over one shared segment. Layout and protocol are described
-// in shared_memory.py, which holds the same offsets; shared_memory_python.py is the same thing without a compiler.
+// in shared_memory_layout.py, which holds the same offsets; shared_memory_python.py is the same without a compiler.
 
 #define _GNU_SOURCE
 #include <poll.h>

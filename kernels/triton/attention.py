@@ -3,7 +3,8 @@
 A program holds the query heads of one KV head for some query positions, and walks the cache in chunks that start
 at fixed positions of the sequence. Within a chunk it keeps a running softmax (FlashAttention-2, Dao, 2023); chunks
 are joined by their logsumexp (Flash-Decoding, Dao et al., 2023), always in order and by the same code, be it in one
-program or in the combine kernel. So a query's bits depend on its own row and position only.
+program or in the combine kernel. So a query's bits do not depend on the other rows. Compiled, they may depend on which
+of the two tiles its row took (see plan.py): tiles of other shapes add the terms of a chunk in another order.
 
 Logits and logsumexp are in base 2: scale * log2(e) is folded into one factor.
 """

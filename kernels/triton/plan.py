@@ -35,7 +35,7 @@ def plan_work(
     """Work lists of the step's decode and prefill rows, those that have any; `group` = padded heads per KV head.
 
     A row with few new tokens gets an item per chunk, to spread a long context over the device; else an item loops
-    over its chunks. Both add up the same chunks in the same order, so the choice does not change a bit.
+    over its chunks. Both join the same chunks in the same order, so the choice changes rounding at most.
     """
     few = meta.query_lens_host <= tiles.max_decode_queries
     plans = []

@@ -9,7 +9,8 @@ Per shard, in bytes:
       logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copy, sampler's keys, masses and noise
       rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
       gathered    = CPU only: K and V of one attention call, a stream per query head, and its mask
-      runtime     = CUDA: 512 MiB context, 512 MiB graphs, 512 MiB NCCL when there are more shards; CPU: 256 MiB
+      runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
+                    there are more shards; CPU: 256 MiB
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
 `memory_fraction * memory` after weights and reserve holds the blocks; the smallest number over the ranks counts for all.
