@@ -6,6 +6,7 @@ silently dropped is a wrong run.
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -210,7 +211,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _resolve_paths(config: JobConfig, folder: Path) -> JobConfig:
     def local(value: str) -> str:
-        return str(folder / Path(value).expanduser())
+        return os.path.normpath(folder / Path(value).expanduser())
 
     changed: dict[str, Any] = {}
     if config.input is not None:

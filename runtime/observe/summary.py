@@ -117,6 +117,9 @@ def print_summary(summary: BatchSummary, console: Console) -> None:
 def _job_rows(summary: BatchSummary) -> list[tuple[str, str]]:
     failed = f"[red]{summary.num_failed:,} failed[/red]" if summary.num_failed else "0 failed"
     skipped = f", {summary.num_skipped:,} done before" if summary.num_skipped else ""
+    stats = summary.scheduler
+    scheduler = f"{stats.num_chunked_prompts} chunked prompts, {stats.num_preemptions} preemptions, "
+    scheduler += f"{stats.max_plans_in_flight_ahead} plans ahead"
     return [
         ("Requests", f"{summary.num_ok:,} ok, {failed}{skipped}"),
         ("Tokens", f"{summary.num_prompt_tokens:,} prompt, {summary.num_output_tokens:,} output"),
@@ -124,15 +127,9 @@ def _job_rows(summary: BatchSummary) -> list[tuple[str, str]]:
         ("Time per output token", _latency(summary.tpot_ms)),
         ("Speed", f"{summary.tokens_per_s:,.1f} output tokens/s, {summary.requests_per_s:,.2f} requests/s"),
         ("Wall time", f"{summary.wall_s:,.1f} s"),
-        ("Scheduler", _scheduler(summary.scheduler)),
+        ("Steps", f"{stats.num_steps} steps, {stats.num_token_steps} token steps"),
+        ("Scheduler", scheduler),
     ]
-
-
-def _scheduler(stats: CoordinatorStats) -> str:
-    return (
-        f"{stats.num_steps} steps, {stats.num_token_steps} token steps, {stats.num_chunked_prompts} chunked prompts, "
-        f"{stats.num_preemptions} preemptions, {stats.max_plans_in_flight_ahead} plans ahead"
-    )
 
 
 def _latency(values: Sequence[float]) -> str:
