@@ -39,7 +39,6 @@ def llama(hidden: int, layers: int, q_heads: int, intermediate: int) -> ModelSpe
         max_position_embeddings=131072,
         eos_token_ids=(128001,),
         bos_token_id=128000,
-        checkpoint_dtype="bfloat16",
     )
 
 

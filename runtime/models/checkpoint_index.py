@@ -5,7 +5,7 @@
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -104,7 +104,6 @@ def _gguf_index(path: Path) -> CheckpointIndex:
         metadata,
         vocab_size=embedding.num_rows,
         tie_embeddings="output.weight" not in stored,
-        checkpoint_dtype=_gguf_dtype(stored.values()),
         frequency_factors=None if factors is None else _read_floats(path, factors),
     )
     tensors = {}
@@ -123,14 +122,6 @@ def _canonical_name(name: str) -> str:
     if name.startswith("blk.") and rest in llama.GGUF_BLOCK_TENSORS:
         return f"model.layers.{block}.{llama.GGUF_BLOCK_TENSORS[rest]}"
     return name
-
-
-def _gguf_dtype(tensors: Iterable[TensorInfo]) -> str:
-    """What the matrices are stored in if all agree on a plain type; float16 for ggml's blocks."""
-    dtypes = {info.dtype for info in tensors if len(info.shape) > 1}
-    if dtypes == {"F32"}:
-        return "float32"
-    return "bfloat16" if dtypes == {"BF16"} else "float16"
 
 
 def _read_floats(path: Path, info: TensorInfo) -> tuple[float, ...]:

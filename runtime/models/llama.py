@@ -60,7 +60,6 @@ def spec_from_config(config: Fields, generation: Fields, architecture: str) -> M
         max_position_embeddings=max_positions,
         eos_token_ids=_merged(config.token_ids("eos_token_id"), generation.token_ids("eos_token_id")),
         bos_token_id=bos[0] if bos else None,
-        checkpoint_dtype=dtype,
     )
 
 
@@ -100,7 +99,6 @@ def spec_from_gguf(
     *,
     vocab_size: int,
     tie_embeddings: bool,
-    checkpoint_dtype: str,
     frequency_factors: tuple[float, ...] | None,
 ) -> ModelSpec:
     """GGUF metadata; what only the tensors tell is passed in. Raises CheckpointError on what is unsupported."""
@@ -142,7 +140,6 @@ def spec_from_gguf(
         max_position_embeddings=metadata.integer("llama.context_length"),
         eos_token_ids=_merged(*(metadata.token_ids(f"tokenizer.ggml.{name}") for name in ends)),
         bos_token_id=bos[0] if bos else None,
-        checkpoint_dtype=checkpoint_dtype,
     )
 
 

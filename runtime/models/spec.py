@@ -83,9 +83,6 @@ class ModelSpec:
         int, ...
     ]  # every id that ends a sequence, sorted; empty if the checkpoint names none
     bos_token_id: int | None
-    checkpoint_dtype: (
-        str  # float32 | float16 | bfloat16: what `dtype: auto` means; float16 for ggml block types
-    )
 
     def __post_init__(self) -> None:
         assert len(self.layer_windows) == self.num_layers, "one window per layer"

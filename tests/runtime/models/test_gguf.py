@@ -47,7 +47,6 @@ def test_the_demo_model_is_described(demo_model: Path) -> None:
     assert spec.rms_norm_eps == pytest.approx(1e-5)
     assert (spec.tie_embeddings, spec.max_position_embeddings) == (True, 8192)
     assert (spec.bos_token_id, spec.eos_token_ids) == (1, (2,))
-    assert spec.checkpoint_dtype == "float16"
 
 
 def test_the_demo_model_is_read_exactly(demo_model: Path) -> None:
@@ -158,7 +157,6 @@ def test_tied_embeddings_are_those_without_an_output_matrix(tmp_path: Path) -> N
     model = make_model(head_dim=HEAD_DIM, tie_word_embeddings=True)
     index = read_index(make_gguf(tmp_path / "model.gguf", model, "BF16"))
     assert index.spec.tie_embeddings
-    assert index.spec.checkpoint_dtype == "bfloat16"
 
 
 @pytest.fixture(scope="module")

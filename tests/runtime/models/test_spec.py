@@ -59,7 +59,6 @@ def test_fields_come_from_the_config(checkpoint: Path) -> None:
         max_position_embeddings=512,
         eos_token_ids=(2,),
         bos_token_id=1,
-        checkpoint_dtype="float32",
     )
 
 
@@ -75,7 +74,6 @@ def test_configs_of_before_transformers_5_are_read(checkpoint: Path, tmp_path: P
         torch_dtype="bfloat16",
     )
     assert spec.rotary == RotarySpec(500000.0, 24, Llama3Scaling(8.0, 1.0, 4.0, 512))
-    assert spec.checkpoint_dtype == "bfloat16"
 
 
 def test_end_ids_of_both_files_count(checkpoint: Path, tmp_path: Path) -> None:

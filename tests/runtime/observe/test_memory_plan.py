@@ -37,7 +37,6 @@ def make_spec(**changed: Any) -> ModelSpec:
         "max_position_embeddings": 40960,
         "eos_token_ids": (1,),
         "bos_token_id": None,
-        "checkpoint_dtype": "bfloat16",
     } | changed
     values.setdefault("layer_windows", (None,) * values["num_layers"])
     values.setdefault("rotary", RotarySpec(theta=1e6, rotary_dim=values["head_dim"]))
