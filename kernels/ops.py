@@ -89,6 +89,13 @@ def _check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected shape with adjacent last elements, got strides {tensor.stride()}")
 
 
+def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Refuses a cache with gaps: the kernels work out where a slot lies from the shape alone."""
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns y = x / sqrt(mean(x^2) + eps) * weight, the mean over the last dimension (Zhang & Sennrich, 2019).
 
@@ -154,6 +161,7 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     _check("v", v, k.shape, k, k.dtype)
     _check("k_cache", k_cache, ("num_blocks", k.shape[1], "block_size", k.shape[2]), k, k.dtype)
     _check("v_cache", v_cache, k_cache.shape, k, k.dtype)
+    _check_caches(k_cache, v_cache)
     _check("slot_mapping", slot_mapping, (k.shape[0],), k, torch.int64)
     _check_rows("k", k)
     _check_rows("v", v)
@@ -201,6 +209,7 @@ def paged_attention(
     _check("q", q, (meta.num_tokens, heads.num_q_heads, "D"), q, q.dtype)
     _check("k_cache", k_cache, ("num_blocks", heads.num_kv_heads, meta.block_size, q.shape[2]), q, q.dtype)
     _check("v_cache", v_cache, k_cache.shape, q, q.dtype)
+    _check_caches(k_cache, v_cache)
     _check_rows("q", q)
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")

@@ -6,6 +6,7 @@ import torch
 from kvshard.kernels import ops
 
 CACHE = torch.zeros(4, 2, 16, 8)
+GAPPY_CACHE = torch.zeros(4, 16, 2, 8).transpose(1, 2)
 Q = torch.zeros(3, 4, 8)
 META = ops.AttentionMetadata.build(
     np.array([1, 2], dtype=np.int32),
@@ -39,6 +40,12 @@ BAD_CALLS = {
     "q: expected shape [3, 4, D]": lambda: ops.paged_attention(Q[:2], CACHE, CACHE, META, HEADS, 1.0),
     "k_cache: expected shape [num_blocks, 2, 16, 8]": lambda: ops.paged_attention(
         Q, CACHE[:, :1], CACHE, META, HEADS, 1.0
+    ),
+    "k_cache: expected a contiguous tensor": lambda: ops.kv_write(
+        Q[:, :2], Q[:, :2], GAPPY_CACHE, CACHE, torch.zeros(3).long()
+    ),
+    "v_cache: expected a contiguous tensor": lambda: ops.paged_attention(
+        Q, CACHE, GAPPY_CACHE, META, HEADS, 1.0
     ),
     "window: expected at least 1, got 0": lambda: ops.paged_attention(
         Q, CACHE, CACHE, META, HEADS, 1.0, window=0
