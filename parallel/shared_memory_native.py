@@ -59,8 +59,8 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(base) / "kvshard"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    directory = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvshard"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return directory
 

@@ -101,7 +101,9 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
             raise CheckpointError(f"{path}: damaged GGUF header: tensor {name} has {num_dims} dimensions")
         shape = tuple(reversed(cursor.scalars("Q", num_dims)))
         records.append((name, shape, cursor.integer("I"), cursor.integer("Q")))
-    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise CheckpointError(f"{path}: damaged GGUF header: general.alignment={alignment!r}")
     data_start = -(-cursor.position // alignment) * alignment
     tensors = [
         TensorInfo(name, shape, _type_name(path, name, kind, shape), path.name, data_start + offset)

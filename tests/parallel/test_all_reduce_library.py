@@ -18,6 +18,17 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "kvshard").stat().st_mode & 0o077 == 0
 
 
+def test_a_relative_cache_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the XDG rules have it; else each working directory would get a library of its own."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_library() is not None
+    assert list((tmp_path / "work").iterdir()) == []
+    assert len(list((tmp_path / ".cache/kvshard").iterdir())) == 1
+
+
 def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

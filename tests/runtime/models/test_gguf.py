@@ -229,6 +229,13 @@ def test_other_architectures_types_and_names_are_refused(small: Path, tmp_path: 
         read_index(changed(small, tmp_path, record, name + fewer + int(q8).to_bytes(4, "little")))
 
 
+def test_an_alignment_of_nothing_is_refused(small: Path, tmp_path: Path) -> None:
+    kind, two, nothing = ((n).to_bytes(4, "little") for n in (4, 2, 0))  # 4: an unsigned 32-bit value
+    path = changed(small, tmp_path, b"llama.block_count" + kind + two, b"general.alignment" + kind + nothing)
+    with pytest.raises(CheckpointError, match=r"damaged GGUF header: general\.alignment=0"):
+        read_index(path)
+
+
 def test_a_missing_field_is_named(small: Path, tmp_path: Path) -> None:
     path = changed(small, tmp_path, b"llama.block_count", b"llama.block_kount")
     with pytest.raises(CheckpointError, match=r"llama\.block_count is missing"):
