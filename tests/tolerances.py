@@ -22,16 +22,25 @@ BF16_TWO_ULP = Tolerance(
     2**-7,
     "one rounding to bfloat16; Triton's interpreter truncates, so two units in the last place (2**-8)",
 )
+F16_ULP = Tolerance(
+    1e-6,
+    2**-10,
+    "one rounding to float16, of a float32 value that may lie on the other side of a tie: one unit in the last place",
+)
 
 TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("norm", torch.float32): F32_ROUNDING,
     ("norm", torch.bfloat16): BF16_TWO_ULP,
+    ("norm", torch.float16): F16_ULP,
     ("residual", torch.float32): F32_ROUNDING,
     ("residual", torch.bfloat16): BF16_TWO_ULP,
+    ("residual", torch.float16): F16_ULP,
     ("rotary", torch.float32): F32_ROUNDING,
     ("rotary", torch.bfloat16): BF16_TWO_ULP,
+    ("rotary", torch.float16): F16_ULP,
     ("activation", torch.float32): F32_ROUNDING,
     ("activation", torch.bfloat16): BF16_TWO_ULP,
+    ("activation", torch.float16): F16_ULP,
     ("attention", torch.float32): Tolerance(
         3e-6, 3e-6, "float32 dot products over head_dim and a few hundred positions, values around 1"
     ),
@@ -44,6 +53,7 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         1.6e-2,
         "softmax weights are rounded to bfloat16 before the second product, and the output once more",
     ),
+    ("attention", torch.float16): Tolerance(2e-3, 2e-3, "as with bfloat16, of three bits more"),
 }
 
 

@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # Shared memory that one block may use, by compute capability (CUDA programming guide, table of technical limits).
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 INDEX_POINTERS = {
     "items_ptr",
     "combined_ptr",

@@ -5,7 +5,9 @@ import torch
 from kvshard.kernels import reference
 from tolerances import assert_within
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"]
+)
 
 
 def rand(*shape, dtype=torch.float32, seed=0):
