@@ -53,6 +53,7 @@ class Hello:
     config_hash: str
     host: str
     host_id: str  # equal for processes that may share memory
+    device_id: str  # equal for shards whose memory is one and the same: the GPU's, or the host's
     pid: int
     num_cores: int  # that this process may use
     memory_bytes: int  # of its device; on the CPU, of its host

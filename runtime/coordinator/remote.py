@@ -68,9 +68,9 @@ class RemoteExecutor:
         hellos = {rank: Hello(**unpack(p)) for rank, p in self._collect(Kind.HELLO, deadline)}
         self._check_agreement(hellos)
         per_host = Counter(hello.host_id for hello in hellos.values())
-        on_cpu = config.device == "cpu"
+        per_device = Counter(hello.device_id for hello in hellos.values())
         ranks = sorted(hellos)
-        memory = [hellos[r].memory_bytes // (per_host[hellos[r].host_id] if on_cpu else 1) for r in ranks]
+        memory = [hellos[r].memory_bytes // per_device[hellos[r].device_id] for r in ranks]
         size = self._size_cache(memory)
         threads = tuple(
             config.threads_per_shard or max(1, hellos[r].num_cores // per_host[hellos[r].host_id])
@@ -195,7 +195,7 @@ class RemoteExecutor:
     def _reported(self, rank: int, report: dict[str, Any]) -> ConfigError | ShardError:
         """The error a shard sent; a broken collective is blamed on the rank that broke it."""
         if report["cause"] == "config":
-            return ConfigError(report["message"])
+            return self._config_error(rank, report["message"])
         if report["cause"] == "group":
             missing = report["missing"]
             return self._blame(missing[0] if missing else rank, report["message"], victims={rank})
@@ -216,7 +216,7 @@ class RemoteExecutor:
                     continue
                 report = unpack(message[2])
                 if report["cause"] == "config":
-                    return ConfigError(report["message"])
+                    return self._config_error(message[0], report["message"])
                 if report["cause"] == "shard":
                     return self._error(message[0], report["message"])
                 victims.add(message[0])
@@ -229,6 +229,11 @@ class RemoteExecutor:
         """The one of `ranks` to name when they are late: whose watch thread saw the fewest steps, or is silent."""
         health = {answer.rank: answer.last_step_id for answer in self.health()}
         return min(sorted(ranks), key=lambda rank: health.get(rank, -2))
+
+    def _config_error(self, rank: int, message: str) -> ConfigError:
+        """What a shard found wrong with the job; over several hosts it matters on which."""
+        here = f"shard {rank} on {self._hosts[rank]}: " if len(set(self._hosts)) > 1 else ""
+        return ConfigError(here + message)
 
     def _error(self, rank: int, cause: str) -> ShardError:
         return ShardError(rank, self._hosts[rank], self._next_step, cause)

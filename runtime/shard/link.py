@@ -96,6 +96,14 @@ class _Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except Exception:  # noqa: BLE001 - a shard that nobody watches would outlive its coordinator
+            traceback.print_exc()
+            self.on_lost()
+            os._exit(1)
+
+    def _serve(self) -> None:
         dealer = _dealer(self._context, self._job, watch_identity(self._job.rank))
         # Watched from before the connection, so that a coordinator which dies meanwhile is noticed.
         monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)

@@ -95,14 +95,16 @@ class _Shard:
 
     def _hello(self, store: TCPStore | None) -> Hello:
         if self._device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self._device).total_memory
+            properties = torch.cuda.get_device_properties(self._device)
+            memory, device_id = properties.total_memory, str(properties.uuid)
         else:
-            memory = host_memory_bytes()
+            memory, device_id = host_memory_bytes(), host_id()
         return Hello(
             version=kvshard.__version__,
             config_hash=config_hash(self._config),
             host=socket.gethostname(),
             host_id=host_id(),
+            device_id=device_id,
             pid=os.getpid(),
             num_cores=len(psutil.Process().cpu_affinity() or [0]),
             memory_bytes=memory,

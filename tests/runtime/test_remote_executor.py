@@ -82,7 +82,15 @@ class FakeLauncher:
         )
         watch.send_multipart((Kind.WATCH.value, b""))
         hello = Hello(
-            kvshard.__version__, config_hash(self._config), f"node{job.rank}", "id", 1, 4, 900, "store:1"
+            kvshard.__version__,
+            config_hash(self._config),
+            f"node{job.rank}",
+            "id",
+            "id",
+            1,
+            4,
+            900,
+            "store:1",
         )
         if behaviour.hello is not None:
             link.send_multipart((Kind.HELLO.value, pack(asdict(hello) | behaviour.hello)))
@@ -171,6 +179,21 @@ def test_plans_go_to_all_and_one_result_comes_back() -> None:
         assert [executor.result().step_id, executor.result().step_id] == [0, 1]
         assert [health.last_step_id for health in executor.health()] == [0, 1, 2]
         assert executor.stacks() == {0: "a stack", 1: "a stack", 2: "a stack"}
+
+
+def test_shards_on_one_gpu_share_its_memory() -> None:
+    asked: list[list[int]] = []
+
+    def size_cache(memory: list[int]) -> CacheSize:
+        asked.append(memory)
+        return CacheSize(8, 64)
+
+    devices = {
+        rank: Behaviour(hello={"device_id": name}) for rank, name in enumerate(["gpu-a", "gpu-b", "gpu-a"])
+    }
+    with executor_of(devices, size_cache=size_cache) as (executor, _):
+        executor.start()
+    assert asked == [[450, 900, 450]]
 
 
 def test_answers_to_health_do_not_lose_results() -> None:
