@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..runtime.messages import ShardJob
 
 MAX_CPUS_PER_SHARD = 1.0
 MIN_CPUS_PER_SHARD = 0.01
+CONNECT_S = 10.0  # for the cluster's head to answer
 
 
 class ShardActor:
@@ -155,6 +157,8 @@ class RayLauncher:
         if ray.is_initialized():
             return
         address = self._config.ray.address or os.environ.get("RAY_ADDRESS")
+        if address:
+            _check_reachable(address)
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(
@@ -164,10 +168,12 @@ class RayLauncher:
                 logging_level="warning",
                 configure_logging=False,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = address or "a Ray cluster on this host"
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            if not address:
+                raise ConfigError(f"cannot start Ray on this host: {error}") from None
             raise ConfigError(
-                f"cannot join {where}: {error}; check ray.address, or null to start one here"
+                f"cannot join the Ray cluster at {address}: {error}; check ray.address or RAY_ADDRESS. If the cluster "
+                "asks for a token, set RAY_AUTH_MODE=token and have the cluster's ~/.ray/auth_token here"
             ) from None
         finally:
             # Ray's own handler ends the process on the spot; a job finishes its step and its output first.
@@ -202,6 +208,24 @@ class RayLauncher:
                 f"a shard actor did not start: {error}; is kvshard installed on every node, in the same version?"
             ) from None
         return places
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes, and says nothing meanwhile. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ConfigError(
+            f"ray.address={address} is for Ray clients; run kvshard on a node of the cluster and set host:port or auto"
+        )
+    if not port.isdigit():
+        return  # auto, local
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}); check ray.address or RAY_ADDRESS, or "
+            "leave both out to start a cluster on this host"
+        ) from None
 
 
 def _bundle(device: str, size: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,23 +155,56 @@ class RunningJob:
         if segment is not None:
             assert not [p.pid for p in psutil.process_iter() if segment in _segments(p.pid)]
 
-    def stop_before_attaching(self) -> str:
-        """Stop the last shard between the creation of the shared segment and its attaching; the segment's name.
+    def stop(self, process: psutil.Process) -> None:
+        """SIGSTOP, and wait for it: one thread takes the signal, and the others run on until it has."""
+        process.suspend()
+        self.wait_for(lambda: _thread_states(process.pid) == {"T"}, "stopped process")
 
-        The coordinator starts nobody before all have said hello, so another shard is held back until
-        the last one has, and waits.
+    def stop_before_attaching(self) -> str:
+        """Stop the last of three shards between the creation of the shared segment and its attaching.
+
+        Returns the segment's name. Shards wait for each other at two places, and a shard that waits can be
+        stopped there: nobody starts before all have said hello to the coordinator, and rank 0 creates the
+        segment when all others have said hello in the group's store.
         """
-        first, second, last = self.wait_for_shards()
-        store = 1 if self._launcher == "torchrun" else 0  # a socket; over it a worker says where it is
-        if store:
-            self.wait_for(_Steady(second, store), "worker that waits for its job")
-        second.suspend()
-        self.wait_for(_Steady(last, store + 2), "shard that waits for its start")
-        last.suspend()
+        first, second, last = self._hold_last_before_hello()
+        sockets = _num_sockets(second.pid)
+        self.wait_for(_Steady(second, sockets), "shard that waits for its start")
+        self.wait_for(_Steady(self._coordinator()), "coordinator that waits for the last shard")
+        self.stop(second)
+        last.resume()
+        self.wait_for(_Steady(last, sockets + 1), "shard that has said hello in the group's store")
+        self.stop(last)
         second.resume()
         segment = self.wait_for(lambda: next(iter(_segments(first.pid)), None), "shared segment")
         assert segment not in _segments(last.pid)
         return segment
+
+    def _hold_last_before_hello(self) -> list[psutil.Process]:
+        """The shards, the last of them stopped, the others connected to the coordinator."""
+        control = 2  # sockets of a shard on the control channel
+        if self._launcher == "torchrun":
+            shards = self.wait_for_shards()
+            self.wait_for(_Steady(shards[2], 1), "worker that waits for its job")
+            self.stop(shards[2])
+            self.wait_for(lambda: _num_sockets(shards[1].pid) == 1 + control, "connected shard")
+            return shards
+        # Forked shards are too quick for that. A coordinator that is stopped meanwhile hears no hello.
+        driver = psutil.Process(self.process.pid)
+        self.wait_for(driver.children, "nursery")
+        self.wait_for(_Steady(driver), "driver that waits for its shards")
+        self.stop(driver)
+        shards = self.wait_for_shards()
+        for shard in shards[1:]:
+            self.wait_for(_Steady(shard, control), "connecting shard")
+        self.stop(shards[2])
+        driver.resume()
+        return shards
+
+    def _coordinator(self) -> psutil.Process:
+        if self._launcher != "torchrun":
+            return psutil.Process(self.process.pid)
+        return next(process for process in self.left() if "kvshard.launch.torchrun" in process.cmdline())
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
@@ -196,25 +230,37 @@ class RunningJob:
 
 
 class _Steady:
-    """True once a process with so many sockets has only slept for a while: it waits for an answer."""
+    """True once a process, with so many sockets if that is said, has only slept for a while: it waits."""
 
     POLLS = 15
 
-    def __init__(self, process: psutil.Process, num_sockets: int) -> None:
+    def __init__(self, process: psutil.Process, num_sockets: int | None = None) -> None:
         self._process = process
         self._num_sockets = num_sockets
         self._seen = 0
 
     def __call__(self) -> bool:
-        folder = Path(f"/proc/{self._process.pid}")
-        try:
-            states = [path.read_text().rpartition(")")[2].split()[0] for path in folder.glob("task/*/stat")]
-            sockets = [fd for fd in folder.glob("fd/*") if os.readlink(fd).startswith("socket:")]
-        except OSError:  # a thread or file that was closed meanwhile
-            states, sockets = ["R"], []
-        waits = all(state == "S" for state in states) and len(sockets) == self._num_sockets
-        self._seen = self._seen + 1 if waits else 0
+        asleep = _thread_states(self._process.pid) == {"S"}
+        connected = self._num_sockets in (None, _num_sockets(self._process.pid))
+        self._seen = self._seen + 1 if asleep and connected else 0
         return self._seen >= self.POLLS
+
+
+def _thread_states(pid: int) -> set[str]:
+    """S sleeping, R running or ready, T stopped, and others."""
+    states = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # it has just ended
+            states.add(path.read_text().rpartition(")")[2].split()[0])
+    return states
+
+
+def _num_sockets(pid: int) -> int:
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):  # closed meanwhile
+            count += os.readlink(descriptor).startswith("socket:")
+    return count
 
 
 def _segments(pid: int) -> set[str]:

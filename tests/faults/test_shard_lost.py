@@ -74,7 +74,7 @@ def test_a_hanging_shard_is_named_in_time(
     with RunningJob(job, launcher, SIZE, temp) as run:
         hanging = run.wait_for_shards()[1]
         run.wait_for_rows()
-        hanging.suspend()
+        run.stop(hanging)
         run.wait_for(lambda: "shard 1 on " in run.log() or run.process.poll() is not None, "error", TOLD_S)
         if launcher == "torchrun":
             hanging.resume()  # torchrun itself waits 30 s for its workers before it kills them
