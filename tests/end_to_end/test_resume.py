@@ -60,6 +60,7 @@ def test_a_torn_output_is_completed_by_another_number_of_shards(
     assert output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_settings_that_change_answers_are_refused(config: dict[str, Any], tmp_path: Path) -> None:
     job = write_job(tmp_path, config, ROWS)
     assert run_job(job, "--limit", "2").rows.keys() == {"row0", "row1"}

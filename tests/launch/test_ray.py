@@ -175,6 +175,7 @@ def test_a_running_cluster_is_joined_and_left_running(
     assert len(done.rows) == 4
 
 
+@pytest.mark.slow
 def test_no_cluster_at_the_address_is_told(model: Path, tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     values = config_for(model, 2).model_dump(mode="json", exclude={"input", "output"}) | {

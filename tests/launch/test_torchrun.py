@@ -53,6 +53,7 @@ def test_the_exit_code_is_the_jobs_and_torchrun_says_nothing(model: Path, tmp_pa
         assert word not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_error_is_told_once(model: Path, tmp_path: Path) -> None:
     """Six heads, two shards: the coordinator finds that two blocks are too few, and the workers are sent home."""
     config = config_for(model, 2) | {"cache": {"num_blocks": 2}, "scheduler": {"max_model_len": 400}}
@@ -62,6 +63,7 @@ def test_a_job_error_is_told_once(model: Path, tmp_path: Path) -> None:
     assert "cache.num_blocks" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_is_done_starts_no_torchrun(model: Path, tmp_path: Path) -> None:
     job = write_job(tmp_path, config_for(model, 1) | {"launcher": "local"}, ROWS[:1])
     assert run_job(job).returncode == 0

@@ -231,7 +231,8 @@ def test_a_shard_that_samples_another_token_stops_the_job() -> None:
             executor.result()
 
 
-def test_a_late_step_names_the_shard_that_is_behind() -> None:
+def test_a_late_step_names_the_shard_that_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvshard.runtime.coordinator.remote.ANSWER_S", 0.3)
     silent = Behaviour(answers_plans=False, answers_health=False)
     with executor_of({1: silent}, step_s=0.3) as (executor, _):
         executor.start()
