@@ -169,7 +169,12 @@ def test_bad_rows_do_not_stop_the_others(models: Path, tmp_path: Path) -> None:
         json.dumps({"id": "foreign", "prompt_token_ids": [5, 101]}),
         json.dumps({"id": "chat", "messages": [{"role": "user", "content": "w5"}]}),
     ]
-    config = {"model": str(models / "tiny"), "scheduler": {"max_model_len": 64}, "cache": {"num_blocks": 16}}
+    config = {
+        "model": str(models / "tiny"),
+        "threads_per_shard": 1,
+        "scheduler": {"max_model_len": 64},
+        "cache": {"num_blocks": 16},
+    }
     job = write_job(tmp_path, config, "\n".join(lines))
     done = run_job(job)
     assert done.returncode == 1, done.stderr
