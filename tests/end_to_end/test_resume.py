@@ -22,6 +22,7 @@ def config(model: Path) -> dict[str, Any]:
     return {
         "model": str(model),
         "device": "cpu",
+        "threads_per_shard": 1,
         "cache": {"num_blocks": 32},
         "sampling": {"ignore_eos": True},
     }
