@@ -31,12 +31,17 @@ class Setting:
         )
 
     @property
+    def cost(self) -> int:
+        """The dearer of two settings that show as much is left out: recomputing everything is slow."""
+        return self.size * (2 * (not self.cache) + self.one_at_a_time)
+
+    @property
     def possible(self) -> bool:
         # One row alone has all the blocks, and without the cache no row keeps any.
         if self.few_blocks and (self.one_at_a_time or not self.cache):
             return False
-        # Every token of every row in several steps of its own: minutes, and nothing that pairs of these do not show.
-        return not (self.one_at_a_time and self.chunked and not self.cache)
+        # Every token of every row in several small steps: minutes, and nothing that pairs of these do not show.
+        return self.cache or not self.chunked or not (self.one_at_a_time or self.size > 2)
 
 
 VALUES: dict[str, tuple[int | str | bool, ...]] = {
@@ -57,7 +62,7 @@ def pairwise_cover() -> list[Setting]:
     left = set().union(*(_pairs(setting) for setting in candidates))
     chosen = []
     while left:
-        best = max(candidates, key=lambda setting: len(_pairs(setting) & left))
+        best = max(candidates, key=lambda setting: (len(_pairs(setting) & left), -setting.cost))
         chosen.append(best)
         left -= _pairs(best)
     return chosen
