@@ -4,6 +4,7 @@ import gc
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -137,6 +138,15 @@ def test_abort_frees_the_blocks_and_the_others_go_on() -> None:
     assert outputs[2].outputs[0].token_ids == []
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a shell takes away from what it runs in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("num_interrupts", [1, 2])
 def test_an_interrupt_waits_for_the_step_and_a_second_does_not(num_interrupts: int) -> None:
     """It comes while a result is on its way: what ends the step there loses that result."""

@@ -68,10 +68,12 @@ def test_sampling(copies: list[bool]) -> None:
     sampler = Sampler(Group.single(META), range(100), 100, 4, META)
     sampler.open(0, sampling(stop_from=9))
     sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1))
-    token_ids, logprobs = sampler.sample(
-        torch.empty(2, 100, device=META), np.array([0, 1], np.int32), np.array([4, 4])
-    )
-    assert token_ids.shape == (2,)
+    sampler.open(2, sampling(temperature=1.0, top_p=0.5))
+    logits = torch.empty(3, 100, device=META)
+    with pytest.raises(RuntimeError):
+        logits.sum().item()  # the meta device tells
+    token_ids, logprobs = sampler.sample(logits, np.arange(3, dtype=np.int32), np.array([4, 4, 4]))
+    assert token_ids.shape == (3,)
     assert logprobs is not None
     assert len(copies) == 3
     assert all(copies)

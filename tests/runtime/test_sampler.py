@@ -263,21 +263,6 @@ def test_another_seed_or_position_gives_other_tokens() -> None:
     assert np.array_equal(tokens, draw(torch.zeros(5000), settings(), 100))
 
 
-def test_nothing_is_read_back_to_the_host() -> None:
-    """Tensors on the meta device have no contents: reading one, or a shape that depends on one, raises."""
-    meta = torch.device("meta")
-    sampler = Sampler(Group.single(meta), range(64), 64, 3, meta)
-    sampler.open(0, settings(top_k=3, top_p=0.5, min_p=0.1, logprobs=True, stop_ids=(2,), stop_from=9))
-    sampler.open(1, settings(**GREEDY))
-    sampler.open(2, settings(top_p=0.5))
-    logits = torch.zeros(3, 64, device=meta)
-    with pytest.raises(RuntimeError):
-        logits.sum().item()
-    token_ids, logprobs = run(sampler, logits)
-    assert logprobs is not None
-    assert token_ids.shape == logprobs.shape == (3,)
-
-
 def test_no_rows_give_no_tokens() -> None:
     token_ids, logprobs = run(sampler_of(10), torch.empty(0, 10))
     assert token_ids.shape == (0,)
