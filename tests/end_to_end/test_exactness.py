@@ -1,11 +1,13 @@
 """float32 greedy tokens equal transformers' for every size, launcher and way of scheduling."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cover import Setting, pairwise_cover
 from jobs import JobRun, run_job, write_job
+from ray_cluster import running_cluster
 from reference import NEAR_TIE, ReferenceRow, generate_reference, quickstart_prompts, tokenize
 
 FEW_BLOCKS = 17  # of 16 tokens: two or three of the rows at a time
@@ -14,12 +16,26 @@ ROWS_PER_EXCUSE = 32  # at most one row in so many may differ at a near-tie
 
 @pytest.fixture(scope="session")
 def short_reference() -> list[ReferenceRow]:
-    return generate_reference(tokenize(quickstart_prompts(8)), max_tokens=24)
+    return generate_reference(sorted(tokenize(quickstart_prompts()), key=len)[:8], max_tokens=24)
 
 
 @pytest.fixture(scope="session")
 def long_reference() -> list[ReferenceRow]:
-    return generate_reference(tokenize(quickstart_prompts(32)), max_tokens=64)
+    return generate_reference(tokenize(quickstart_prompts()), max_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """One for all settings: starting Ray each time is shown elsewhere, and takes a fifth of such a run."""
+    with running_cluster() as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def _join_cluster(setting: Setting, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if setting.launcher == "ray":
+        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("cluster"))
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
 
 
 @pytest.mark.parametrize("setting", pairwise_cover(), ids=lambda setting: setting.id)

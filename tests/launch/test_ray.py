@@ -1,10 +1,6 @@
 """Ray: placement, what its actors tell, and clusters that were there before."""
 
 import re
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.sampling_params import SamplingParams
 from ray.cluster_utils import Cluster
+from ray_cluster import free_port, running_cluster
 from running_job import make_tiny_model
 
 WAIT_S = 60.0
@@ -126,37 +123,12 @@ def test_ranks_follow_the_placement_over_two_nodes(model: Path) -> None:
         cluster.shutdown()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 @pytest.fixture
 def cluster_of_the_user(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A Ray cluster started on the command line; it and the job must agree on whether a token is needed."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="kv-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={port}"]
-        command += ["--include-dashboard=false", f"--temp-dir={folder}/ray", "--disable-usage-stats"]
-        started = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert started.stdout is not None
-        said = ""
-        for line in started.stdout:
-            said += line
-            if "Ray runtime started" in line:
-                break
-        assert started.poll() is None, said
-        yield f"127.0.0.1:{port}"
-        assert started.poll() is None, "the cluster did not outlive the job"
-        head = psutil.Process(started.pid)
-        processes = [head, *head.children(recursive=True)]
-        for process in processes:
-            process.kill()
-        psutil.wait_procs(processes, WAIT_S)
+    with running_cluster() as address:
+        yield address
 
 
 @pytest.mark.slow
