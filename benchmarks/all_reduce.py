@@ -25,9 +25,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from kvshard.parallel.group import Group
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from kvshard.parallel.group import Group
 
 SHAPES = [(1, 576), (32, 576), (8, 4096), (32, 4096), (512, 576)]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import zmq
+
 from kvshard.runtime.coordinator.channel import ControlChannel, shard_identity
 from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.loop import Coordinator

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-import kvshard
 import torch
+
+import kvshard
 
 if not torch.cuda.is_available():
     # Read when triton is first imported, which transformers does too.

@@ -9,8 +9,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
-from kvshard.runtime.models.resolve import fetch_demo
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvshard.runtime.models.resolve import fetch_demo
 
 QUANT_TYPES = {
     "F32": GGMLQuantizationType.F32,

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import load_config
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.models.spec import ModelSpec, RotarySpec
 from kvshard.runtime.observe.memory_plan import plan_memory
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 JOBS = sorted(CONFIGS.glob("*.yaml"))

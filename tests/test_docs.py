@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from kvshard.runtime.config import parse_config
 
 ROOT = Path(__file__).parent.parent

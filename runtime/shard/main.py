@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import kvshard
 import psutil
 import torch
 from torch.distributed import Store, TCPStore
+
+import kvshard
 
 from ...parallel.group import Group, GroupError
 from ...parallel.shard_map import ShardMap

@@ -4,12 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import kvshard
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvshard
 from kvshard.runtime.models.resolve import fetch_demo
 from kvshard.runtime.models.tokenizer import load_tokenizer
 from kvshard.runtime.paths import cache_dir
-from transformers import LlamaConfig, LlamaForCausalLM
 
 NEAR_TIE = 1e-3
 """Two logits closer than this may swap: fp32 sums in another order differ by about 1e-4 on this model."""

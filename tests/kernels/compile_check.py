@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
 from kvshard.kernels.tiles import ACTIVATION_BLOCK, attention_tiles, row_tile
 from kvshard.kernels.triton.activation import silu_mul_kernel
 from kvshard.kernels.triton.attention import attention_kernel, combine_kernel
 from kvshard.kernels.triton.kv_write import kv_write_kernel
 from kvshard.kernels.triton.norm import add_rms_norm_kernel, rms_norm_kernel
 from kvshard.kernels.triton.rotary import rotary_kernel
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
 # Shared memory that one block may use, by compute capability (CUDA programming guide, table of technical limits).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from tolerances import assert_within
+
 from kvshard.kernels import reference
 from kvshard.kernels.metadata import AttentionMetadata
-from tolerances import assert_within
 
 SHAPES = {
     "decode at block edges": {"query_lens": (1, 1, 1, 1), "context_lens": (1, 15, 16, 17)},

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_within
+
 from kvshard.kernels import reference
 from kvshard.kernels.metadata import AttentionMetadata
 from kvshard.kernels.tiles import AttentionTile, AttentionTiles
-from tolerances import assert_within
 
 pytest.importorskip("triton")
 

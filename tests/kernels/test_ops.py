@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from kvshard.kernels import ops
 
 CACHE = torch.zeros(4, 2, 16, 8)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from kvshard.kernels import reference
 from tolerances import assert_within
+
+from kvshard.kernels import reference
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"]
@@ -63,8 +64,9 @@ def test_rms_norm_wrong_input_fails(backend, weight_factor, eps):
 
 
 def test_cpu_rms_norm_has_the_bits_of_transformers():
-    from kvshard.kernels import ops
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from kvshard.kernels import ops
 
     theirs = LlamaRMSNorm(576, eps=1e-5)
     theirs.weight.data = rand(576, seed=1)
@@ -112,8 +114,9 @@ def test_rotary_wrong_position_fails(backend):
 
 
 def test_cpu_rotary_has_the_bits_of_transformers():
-    from kvshard.kernels import ops
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from kvshard.kernels import ops
 
     qkv, cos_sin, positions = rotary_case(64, 64, torch.float32)
     q, k = split_heads(qkv.clone())

@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from kvshard.kernels import reference
 
 WIDE = torch.float64

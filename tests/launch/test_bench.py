@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from kvshard.launch.bench import CacheSample, measure, parse_lengths, plot, print_table
 from kvshard.runtime.errors import ConfigError
-from rich.console import Console
 
 
 def make_samples() -> list[CacheSample]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner, Result
+
 from kvshard import __version__
 from kvshard.launch.cli import app, main
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.models.fields import CheckpointError
-from typer.testing import CliRunner, Result
 
 from ..runtime.batch.fakes import FakeEngine, fake_engine_module
 

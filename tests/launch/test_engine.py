@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+from models_factory import make_llama
+
 from kvshard.launch.engine import Engine
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.launcher import Placement
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.messages import ShardJob
-from models_factory import make_llama
 
 
 class FullLauncher:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from kvshard.launch.llm import LLM, Logprob
 from kvshard.runtime.coordinator.plan import StepResult
 from kvshard.runtime.errors import ConfigError, RequestError, ShardError

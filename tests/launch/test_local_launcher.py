@@ -9,13 +9,14 @@ from typing import Any
 
 import psutil
 import pytest
+from running_job import make_tiny_model
+
 from kvshard.launch.engine import Engine
 from kvshard.launch.local import LocalLauncher, describe_status
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.coordinator.launcher import Placement
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.sampling_params import SamplingParams
-from running_job import make_tiny_model
 
 WAIT_S = 60.0
 

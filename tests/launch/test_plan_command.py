@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
+
 from kvshard.launch.plan_command import parse_sizes, plan
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.models.families import spec_from_config
 from kvshard.runtime.models.fields import Fields
 from kvshard.runtime.models.parameters import expected_tensors
-from typer.testing import CliRunner
 
 SIZES = {
     "hidden_size": 64,

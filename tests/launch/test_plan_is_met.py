@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models_factory import make_llama
+
 from kvshard.launch.local import InProcessExecutor, LocalLauncher
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import parse_config
@@ -11,7 +13,6 @@ from kvshard.runtime.coordinator.executor import Executor
 from kvshard.runtime.coordinator.remote import CacheSize, RemoteExecutor
 from kvshard.runtime.models.checkpoint_index import read_index
 from kvshard.runtime.observe.memory_plan import plan_memory
-from models_factory import make_llama
 
 CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (1, {"tie_word_embeddings": True}, {}),

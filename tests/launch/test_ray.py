@@ -9,14 +9,15 @@ import psutil
 import pytest
 import ray
 from jobs import run_job, write_job
+from ray.cluster_utils import Cluster
+from ray_cluster import free_port, running_cluster
+from running_job import make_tiny_model
+
 from kvshard.launch.engine import Engine
 from kvshard.launch.ray import RayLauncher
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.sampling_params import SamplingParams
-from ray.cluster_utils import Cluster
-from ray_cluster import free_port, running_cluster
-from running_job import make_tiny_model
 
 WAIT_S = 60.0
 

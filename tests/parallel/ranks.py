@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvshard.parallel.group import Group
 from torch.distributed import FileStore, Store
+
+from kvshard.parallel.group import Group
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed", "kvshard.parallel.group", "pytest"])

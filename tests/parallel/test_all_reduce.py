@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from kvshard.parallel.all_reduce import SUM_DTYPES
-from kvshard.parallel.group import Group, GroupError
 from torch import Tensor
 from torch.distributed import Store
+
+from kvshard.parallel.all_reduce import SUM_DTYPES
+from kvshard.parallel.group import Group, GroupError
 
 from .ranks import connect, run_ranks
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from torch import zeros
+
 from kvshard.parallel.all_reduce import GroupError
 from kvshard.parallel.all_reduce_nccl import NcclTransport
-from torch import zeros
 
 
 class StuckProcessGroup:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import Store, TCPStore
+
 from kvshard.parallel import group as group_module
 from kvshard.parallel import shared_memory_layout
 from kvshard.parallel.group import Group, GroupError
-from torch.distributed import Store, TCPStore
 
 from .ranks import Ranks, connect, run_ranks
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import Store
+
 from kvshard.parallel.embedding import LMHead, VocabParallelEmbedding
 from kvshard.parallel.group import Group
 from kvshard.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from torch import Tensor
-from torch.distributed import Store
 
 from .ranks import connect, run_ranks
 

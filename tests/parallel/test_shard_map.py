@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvshard.parallel.shard_map import MLP_UNIT, PARTS, ModelDims, Shard, ShardMap
 
 DEMO = ModelDims(

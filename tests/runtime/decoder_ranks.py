@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from ranks import connect
+from torch.distributed import Store
+
 from kvshard.kernels import ops
 from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
@@ -12,8 +15,6 @@ from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.plan import OpenedSlot, SlotSampling, StepPlan
 from kvshard.runtime.models.checkpoint import open_checkpoint
 from kvshard.runtime.shard.worker import Worker
-from ranks import connect
-from torch.distributed import Store
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64

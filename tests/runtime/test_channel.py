@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import zmq
+
 from kvshard.runtime.coordinator.channel import (
     ControlChannel,
     PeerGone,

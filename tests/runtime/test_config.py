@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
 from kvshard.runtime.config import JobConfig, config_hash, load_config, parse_config, parse_overrides
 from kvshard.runtime.errors import ConfigError
-from pydantic import ValidationError
 
 
 def _write(folder: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ fails. What is left is copies to the device, which wait unless they come from pi
 import numpy as np
 import pytest
 import torch
+
 from kvshard.kernels.metadata import AttentionMetadata
 from kvshard.parallel.group import Group
 from kvshard.runtime.coordinator.plan import OpenedSlot, SlotSampling, StepPlan

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import kvshard
 import numpy as np
 import pytest
 import zmq
+
+import kvshard
 from kvshard.runtime.config import JobConfig, config_hash, parse_config
 from kvshard.runtime.coordinator.channel import shard_identity, watch_identity
 from kvshard.runtime.coordinator.executor import ShardInfo

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models_factory import make_llama
+
 from kvshard.launch.local import InProcessExecutor
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.coordinator.limits import Limits
@@ -13,7 +15,6 @@ from kvshard.runtime.coordinator.plan import StepPlan, StepResult
 from kvshard.runtime.coordinator.remote import CacheSize
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.sampling_params import SamplingParams
-from models_factory import make_llama
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 64

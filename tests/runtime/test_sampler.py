@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
+
 from kvshard.kernels.philox import gumbel_noise
 from kvshard.parallel.group import Group
 from kvshard.runtime.coordinator.plan import NO_TOKEN, SlotSampling
 from kvshard.runtime.shard.sampler import Sampler
-from torch import Tensor
 
 CPU = torch.device("cpu")
 SEED = 0xFEDCBA9876543210

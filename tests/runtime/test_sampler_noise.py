@@ -6,11 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from kvshard.kernels import philox
 from kvshard.kernels.philox import gumbel_noise, philox_4x32
 from kvshard.parallel.group import Group
 from kvshard.runtime.shard.radix_select import cut_at_weight, ordered_keys, values_of_keys
-from torch import Tensor
 
 ALL_ONES = 0xFFFFFFFF
 # "kat_vectors" of Random123, the authors' own library: counter, key, result.

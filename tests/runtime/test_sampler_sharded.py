@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed import FileStore
+
 from kvshard.parallel.group import Group
 from kvshard.runtime.coordinator.plan import NO_TOKEN, SlotSampling
 from kvshard.runtime.shard.sampler import Sampler
-from torch import Tensor
-from torch.distributed import FileStore
 
 CPU = torch.device("cpu")
 PATIENCE_S = 60.0

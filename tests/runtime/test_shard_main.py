@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from kvshard.parallel.group import Group, GroupError
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.plan import StepPlan, decode_result, encode_plan

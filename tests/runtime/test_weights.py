@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_factory import make_gguf, make_llama, make_model
+from safetensors.torch import load_file
+
 from kvshard.parallel.shard_map import Shard, ShardMap
 from kvshard.runtime.models.checkpoint import open_checkpoint
 from kvshard.runtime.models.parameters import local_parameters, weight_bytes
 from kvshard.runtime.models.spec import ModelSpec
 from kvshard.runtime.shard.weights import load_weights
-from models_factory import make_gguf, make_llama, make_model
-from safetensors.torch import load_file
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import numpy as np
+
 from kvshard.runtime.config import JobConfig
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.limits import Limits

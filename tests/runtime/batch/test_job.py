@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvshard.runtime.batch.job import run_batch
 from kvshard.runtime.batch.output import OutputFile
 from kvshard.runtime.batch.records import BadRow, Row

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from kvshard.runtime.batch.output import OutputFile
 from kvshard.runtime.batch.response import error_line
 from kvshard.runtime.config import JobConfig, load_config, parse_config

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvshard.runtime.batch.inputs import find_inputs, read_lines
 from kvshard.runtime.batch.records import BadRow, Row, read_rows
 from kvshard.runtime.errors import ConfigError

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 import numpy as np
+
 from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import (

@@ -4,8 +4,9 @@ import random
 from types import ModuleType
 
 import pytest
-from kvshard.runtime.coordinator.detokenizer import LONGEST_WAIT, Detokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from kvshard.runtime.coordinator.detokenizer import LONGEST_WAIT, Detokenizer
 
 TEXTS = [
     "Plain words, and more of them. ",

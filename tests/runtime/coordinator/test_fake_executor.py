@@ -6,6 +6,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
 from kvshard.runtime.coordinator.plan import StepPlan
 
 replace = dataclasses.replace

@@ -3,6 +3,7 @@
 from types import ModuleType
 
 import pytest
+
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.request import Request, request_seed

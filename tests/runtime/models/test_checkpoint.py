@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_factory import make_llama
+from safetensors.torch import load_file, save_file
+
 from kvshard.runtime.models.checkpoint import open_checkpoint
 from kvshard.runtime.models.checkpoint_index import read_index
 from kvshard.runtime.models.fields import CheckpointError
-from models_factory import make_llama
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from models_factory import QUANT_TYPES, make_gguf, make_model
+from transformers import LlamaForCausalLM
+
 from kvshard.runtime.models.checkpoint import Checkpoint, open_checkpoint
 from kvshard.runtime.models.checkpoint_index import CheckpointIndex, read_index
 from kvshard.runtime.models.fields import CheckpointError
 from kvshard.runtime.models.gguf_file import read_header
 from kvshard.runtime.models.spec import FrequencyFactors, LinearScaling, RotarySpec
 from kvshard.runtime.models.tensor_info import TensorInfo
-from models_factory import QUANT_TYPES, make_gguf, make_model
-from transformers import LlamaForCausalLM
 
 HEAD_DIM = 16  # so that a head's columns start inside a block of 32
 

@@ -1,13 +1,14 @@
 """Special tokens are added once, whatever form a prompt has."""
 
 import pytest
-from kvshard.runtime.errors import RequestError
-from kvshard.runtime.models.prompt import tokenize_prompt
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from kvshard.runtime.errors import RequestError
+from kvshard.runtime.models.prompt import tokenize_prompt
 
 WORDS = {"<s>": 0, "user:": 1, "hello": 2, "assistant:": 3, "<unk>": 4}
 MESSAGES = [{"role": "user", "content": "hello"}]

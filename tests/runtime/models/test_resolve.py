@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+
 from kvshard.runtime.models import resolve
 from kvshard.runtime.models.fields import CheckpointError
 from kvshard.runtime.models.resolve import fetch_demo, resolve_model

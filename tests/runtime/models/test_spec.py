@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from kvshard.runtime.models.checkpoint_index import read_index
-from kvshard.runtime.models.fields import CheckpointError
-from kvshard.runtime.models.spec import FrequencyFactors, Llama3Scaling, ModelSpec, RotarySpec
 from models_factory import make_llama
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from kvshard.runtime.models.checkpoint_index import read_index
+from kvshard.runtime.models.fields import CheckpointError
+from kvshard.runtime.models.spec import FrequencyFactors, Llama3Scaling, ModelSpec, RotarySpec
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -4,11 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from models_factory import make_gguf, make_llama, make_model
+from transformers import PreTrainedTokenizerFast
+
 from kvshard.runtime.models import tokenizer as tokenizer_module
 from kvshard.runtime.models.fields import CheckpointError
 from kvshard.runtime.models.tokenizer import load_tokenizer
-from models_factory import make_gguf, make_llama, make_model
-from transformers import PreTrainedTokenizerFast
 
 CONVERSATION = [{"role": "user", "content": "What is 12 + 7?"}]
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+
 from kvshard.kernels.cpu.plan import MAX_GATHERED_TOKENS
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import JobConfig, parse_config

@@ -4,6 +4,8 @@ import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.coordinator.stats import CoordinatorStats
@@ -11,7 +13,6 @@ from kvshard.runtime.observe import progress as progress_module
 from kvshard.runtime.observe.progress import BarProgress, LineProgress, clock, make_progress
 from kvshard.runtime.observe.summary import BatchSummary, median_and_p99, print_summary
 from kvshard.runtime.sampling_params import SamplingParams
-from rich.console import Console
 
 
 def finished(request_id: str, num_tokens: int, text: str, first_s: float, per_token_s: float) -> Request:
