@@ -16,16 +16,19 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from .cache import FORMAT_OF_DTYPE, SCALE_DTYPE, CacheFormat, KVLayer
 from .metadata import AttentionMetadata, HeadLayout
 
 __all__ = [
     "AttentionMetadata",
+    "CacheFormat",
     "HeadLayout",
+    "KVLayer",
     "add_rms_norm",
-    "kv_write",
+    "gelu_mul",
     "paged_attention",
     "rms_norm",
-    "rotary",
+    "rotary_kv_write",
     "silu_mul",
 ]
 
@@ -37,23 +40,35 @@ class Backend(Protocol):
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
-    def rotary(self, q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None: ...
-
-    def kv_write(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    def rotary_kv_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor,
+        positions: Tensor,
+        cache: KVLayer,
+        slot_mapping: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
     ) -> None: ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
 
+    def gelu_mul(self, gate_up: Tensor) -> Tensor: ...
+
     def paged_attention(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        cache: KVLayer,
         meta: AttentionMetadata,
         heads: HeadLayout,
         scale: float,
         window: int | None,
+        soft_cap: float | None,
+        sinks: Tensor | None,
+        lse: Tensor | None,
     ) -> Tensor: ...
 
 
@@ -89,9 +104,20 @@ def _check_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected shape with adjacent last elements, got strides {tensor.stride()}")
 
 
-def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
-    """Refuses a cache with gaps: the kernels work out where a slot lies from the shape alone."""
-    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+def _check_cache(cache: KVLayer, q: Tensor, num_kv_heads: int, block_size: int | str) -> None:
+    """Refuses a cache of another shape, and one with gaps: the kernels work out where a row lies from the shape."""
+    quantised = cache.k.dtype in FORMAT_OF_DTYPE
+    width = q.shape[2] // 2 if cache.format == "int4" else q.shape[2]
+    dtype = cache.k.dtype if quantised else q.dtype
+    shape = ("num_blocks", num_kv_heads, block_size, width)
+    tensors = [("cache.k", cache.k, shape, dtype), ("cache.v", cache.v, cache.k.shape, dtype)]
+    if quantised:
+        for name, scale in (("cache.k_scale", cache.k_scale), ("cache.v_scale", cache.v_scale)):
+            if scale is None:
+                raise ValueError(f"{name}: expected a tensor with a cache of {dtype}, got None")
+            tensors.append((name, scale, cache.k.shape[:3], SCALE_DTYPE))
+    for name, tensor, expected, of_dtype in tensors:
+        _check(name, tensor, expected, q, of_dtype)
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
@@ -125,47 +151,64 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return _backend(x.device.type).add_rms_norm(x, residual, weight, eps)
 
 
-def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """Turns query and key heads by their token's position, in place (RoPE, Su et al., 2021).
+def rotary_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVLayer,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """All that happens between the qkv product and attention, in one pass over q, k and v.
 
-    The "rotate half" pairing of GPT-NeoX and Hugging Face: with r = rotary_dim / 2, channels c and c + r of a head
-    form a pair (a, b), and c < r selects the angle:  a' = a cos - b sin,  b' = b cos + a sin.  Channels from
-    rotary_dim on are left alone.
+    1. With q_norm and k_norm, every head becomes rms_norm(head) * weight (QK norm, Henry et al., 2020).
+    2. Heads of q and k turn by their token's position (RoPE, Su et al., 2021) with the "rotate half" pairing of
+       GPT-NeoX and Hugging Face: with r = rotary_dim / 2, channels c and c + r form a pair (a, b), and c < r selects
+       the angle:  a' = a cos - b sin,  b' = b cos + a sin.  Channels from rotary_dim on are left alone.
+    3. q is written back; k and v go to row (slot // B, h, slot % B) of the cache, in its format. With x a key or
+       value, every step in float32 and `round` to nearest even:
+         int8  scale = f16(max|x| / 127),  code = clamp(round(x / scale), -127, 127)
+         fp8   scale = f16(max|x| / 448),  code = e4m3(clamp(x / scale, -448, 448))
+         int4  scale = f16(m / -8), m the x of largest magnitude (the positive one of two),
+               code = clamp(round(x / scale), -8, 7) + 8; so m itself is met exactly (as in llama.cpp's Q4_0)
+       A scale of 0 makes zeros. A NaN or infinity in x makes the scale NaN, so that the row stays visibly broken.
 
-    q          [T, Hq, D], k [T, Hk, D], same dtype; may be views of one qkv tensor (last dimension adjacent)
-    cos_sin    [max_positions, rotary_dim] float32: cos of the r angles, then sin; rotary_dim <= D, even
-    positions  [T] int64, each < max_positions
+    q                [T, Hq, D], changed in place; k, v [T, Hk, D], not changed. One dtype; may be views of one
+                     qkv tensor (last dimension adjacent)
+    cos_sin          [max_positions, rotary_dim] float32: cos of the r angles, then sin; rotary_dim <= D, even
+    positions        [T] int64, each < max_positions
+    cache            written in place
+    slot_mapping     [T] int64: block * B + offset, or -1 for a token that is not stored (padding). Two tokens of
+                     one call never share a slot.
+    q_norm, k_norm   [D] dtype of q, both or none; eps is theirs
     """
+    num_tokens, _, head_dim = q.shape if q.dim() == 3 else (0, 0, 0)
     _check("q", q, ("T", "Hq", "D"), q, q.dtype)
-    _check("k", k, (q.shape[0], "Hk", q.shape[2]), q, q.dtype)
+    _check("k", k, (num_tokens, "Hk", head_dim), q, q.dtype)
+    _check("v", v, k.shape, q, q.dtype)
     _check("cos_sin", cos_sin, ("max_positions", "rotary_dim"), q, torch.float32)
-    _check("positions", positions, (q.shape[0],), q, torch.int64)
-    _check_rows("q", q)
-    _check_rows("k", k)
-    if cos_sin.shape[1] > q.shape[2] or cos_sin.shape[1] % 2:
+    _check("positions", positions, (num_tokens,), q, torch.int64)
+    _check("slot_mapping", slot_mapping, (num_tokens,), q, torch.int64)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_rows(name, tensor)
+    _check_cache(cache, q, k.shape[1], "block_size")
+    if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
         raise ValueError(
-            f"cos_sin: expected shape [max_positions, even rotary_dim <= {q.shape[2]}], got {list(cos_sin.shape)}"
+            f"cos_sin: expected shape [max_positions, even rotary_dim <= {head_dim}], got {list(cos_sin.shape)}"
         )
-    _backend(q.device.type).rotary(q, k, cos_sin, positions)
-
-
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Stores this step's keys and values in the cache: cache[slot // B, h, slot % B] = k[t, h], slot of token t.
-
-    k, v              [T, Hk, D], dtype of the caches; may be views of one qkv tensor (last dimension adjacent)
-    k_cache, v_cache  [num_blocks, Hk, B, D] contiguous, B = block_size; written in place
-    slot_mapping      [T] int64: block * B + offset, or -1 for a token that is not stored (padding). Two tokens
-                      of one call never share a slot.
-    """
-    _check("k", k, ("T", "Hk", "D"), k, k.dtype)
-    _check("v", v, k.shape, k, k.dtype)
-    _check("k_cache", k_cache, ("num_blocks", k.shape[1], "block_size", k.shape[2]), k, k.dtype)
-    _check("v_cache", v_cache, k_cache.shape, k, k.dtype)
-    _check_caches(k_cache, v_cache)
-    _check("slot_mapping", slot_mapping, (k.shape[0],), k, torch.int64)
-    _check_rows("k", k)
-    _check_rows("v", v)
-    _backend(k.device.type).kv_write(k, v, k_cache, v_cache, slot_mapping)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm, k_norm: expected both or none")
+    if q_norm is not None and k_norm is not None:
+        _check("q_norm", q_norm, (head_dim,), q, q.dtype)
+        _check("k_norm", k_norm, (head_dim,), q, q.dtype)
+    _backend(q.device.type).rotary_kv_write(
+        q, k, v, cos_sin, positions, cache, slot_mapping, q_norm, k_norm, eps
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -174,43 +217,72 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     gate_up  [T, 2 * I], rows of adjacent elements: gate, then up. I may be 0.
     returns  [T, I], dtype of gate_up, contiguous
     """
+    _check_gate_up(gate_up)
+    return _backend(gate_up.device.type).silu_mul(gate_up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """Returns gelu(gate) * up, gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))): GEGLU (Shazeer, 2020).
+
+    The tanh form is what Gemma calls gelu_pytorch_tanh. Shapes and dtypes: as in silu_mul.
+    """
+    _check_gate_up(gate_up)
+    return _backend(gate_up.device.type).gelu_mul(gate_up)
+
+
+def _check_gate_up(gate_up: Tensor) -> None:
     _check("gate_up", gate_up, ("T", "2 * I"), gate_up, gate_up.dtype)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected shape [T, 2 * I], got {list(gate_up.shape)}")
     _check_rows("gate_up", gate_up)
-    return _backend(gate_up.device.type).silu_mul(gate_up)
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVLayer,
     meta: AttentionMetadata,
     heads: HeadLayout,
     scale: float,
     *,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of this step's queries over the cache, for decode and prefill rows in one call.
 
     Query token i of row r has position p = context_lens[r] - query_len[r] + i. It sees positions j with
-    p - window < j <= p (all j <= p without a window), where key j of KV head h is
-    k_cache[block_tables[r, j // B], h, j % B]:  out = sum_j softmax_j(scale * q . k_j) v_j.
-    K and V are read as stored, also those of this step (call kv_write first), so that the result does not
-    depend on how a prompt was cut into steps. Slots that no position maps to are never used, whatever they hold.
+    p - window < j <= p (all j <= p without a window), where key j of KV head h is row
+    (block_tables[r, j // B], h, j % B) of the cache:
 
-    q                 [T, Hq, D], may be a view of a qkv tensor (last dimension adjacent); T = meta.num_tokens
-    k_cache, v_cache  [num_blocks, Hk, B, D] contiguous, dtype of q
-    meta, heads       rows of the step, and which query heads read which KV head
-    scale             factor of the logits, usually D ** -0.5
-    window            number of visible positions, the query's own included; None = all
-    returns           [T, Hq, D], dtype of q, contiguous
+        x_j = scale * q . k_j,  with a soft cap  x_j = soft_cap * tanh(x_j / soft_cap)  (Gemma 2, 2024)
+        lse = log(sum_j exp(x_j) + exp(sink)),   without sinks  log(sum_j exp(x_j))
+        out = sum_j exp(x_j - lse) v_j
+
+    K and V are read as stored, also those of this step (call rotary_kv_write first), so that the result does not
+    depend on how a prompt was cut into steps. Rows that no position maps to are never used, whatever they hold.
+    Output and lse of a query have the same bits alone, in any batch, and however its prompt is cut into steps.
+
+    q            [T, Hq, D], may be a view of a qkv tensor (last dimension adjacent); T = meta.num_tokens
+    cache        in any format; auto has the dtype of q
+    meta, heads  rows of the step, and which query heads read which KV head
+    scale        factor of the logits, usually D ** -0.5
+    window       number of visible positions, the query's own included; None = all
+    soft_cap     bound of the logits, > 0; None = no bound
+    sinks        [Hq] float32: a logit per head that takes part in the sum and has no value (Xiao et al., 2023)
+    lse          [T, Hq] float32, written if given
+    returns      [T, Hq, D], dtype of q, contiguous
     """
     _check("q", q, (meta.num_tokens, heads.num_q_heads, "D"), q, q.dtype)
-    _check("k_cache", k_cache, ("num_blocks", heads.num_kv_heads, meta.block_size, q.shape[2]), q, q.dtype)
-    _check("v_cache", v_cache, k_cache.shape, q, q.dtype)
-    _check_caches(k_cache, v_cache)
     _check_rows("q", q)
+    _check_cache(cache, q, heads.num_kv_heads, meta.block_size)
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
-    return _backend(q.device.type).paged_attention(q, k_cache, v_cache, meta, heads, scale, window)
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap: expected more than 0, got {soft_cap}")
+    if sinks is not None:
+        _check("sinks", sinks, (heads.num_q_heads,), q, torch.float32)
+    if lse is not None:
+        _check("lse", lse, (meta.num_tokens, heads.num_q_heads), q, torch.float32)
+        _check_rows("lse", lse)
+    return _backend(q.device.type).paged_attention(q, cache, meta, heads, scale, window, soft_cap, sinks, lse)

@@ -4,9 +4,12 @@ No code is shared with the back ends. Arithmetic is float64 and results are roun
 so float64 tensors in give float64 results out. Shapes and dtypes are those of `ops`.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from .cache import SCALE_DTYPE, KVLayer
 from .metadata import AttentionMetadata, HeadLayout
 
 
@@ -23,26 +26,80 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return rms_norm(residual, weight, eps)
 
 
-def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """Pairs (c, c + rotary_dim / 2) of each head turn by the angle of the token's position, in place."""
-    half = cos_sin.shape[1] // 2
-    for token, position in enumerate(positions.tolist()):
-        cos = cos_sin[position, :half].double()
-        sin = cos_sin[position, half:].double()
-        for heads in (q, k):
-            before = heads[token].to(torch.float64, copy=True)
-            first, second = before[:, :half], before[:, half : 2 * half]
-            heads[token, :, :half] = (first * cos - second * sin).to(heads.dtype)
-            heads[token, :, half : 2 * half] = (second * cos + first * sin).to(heads.dtype)
-
-
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """cache[slot // block_size, :, slot % block_size] = token's keys or values, unless the slot is -1."""
-    block_size = k_cache.shape[2]
-    for token, slot in enumerate(slot_mapping.tolist()):
+def rotary_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVLayer,
+    slot_mapping: Tensor,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Token by token: norm, turn, write back, store."""
+    for token, (position, slot) in enumerate(zip(positions.tolist(), slot_mapping.tolist(), strict=True)):
+        query, key = q[token].double(), k[token].double()
+        if q_norm is not None and k_norm is not None:
+            query, key = rms_norm(query, q_norm, eps), rms_norm(key, k_norm, eps)
+        q[token] = turned(query, cos_sin[position]).to(q.dtype)
         if slot >= 0:
-            k_cache[slot // block_size, :, slot % block_size] = k[token]
-            v_cache[slot // block_size, :, slot % block_size] = v[token]
+            block, offset = divmod(slot, cache.block_size)
+            store(cache, block, offset, turned(key, cos_sin[position]), v[token])
+
+
+def turned(heads: Tensor, cos_sin: Tensor) -> Tensor:
+    """Pairs (c, c + rotary_dim / 2) of each head turn by their angle. heads [H, D] -> [H, D] float64."""
+    cos, sin = cos_sin.double().chunk(2)
+    first, second, rest = heads.double().tensor_split([len(cos), 2 * len(cos)], dim=1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=1)
+
+
+def store(cache: KVLayer, block: int, offset: int, key: Tensor, value: Tensor) -> None:
+    """One token's keys and values [Hk, D] into one slot."""
+    if cache.k_scale is None or cache.v_scale is None:
+        cache.k[block, :, offset], cache.v[block, :, offset] = key.to(cache.k.dtype), value.to(cache.v.dtype)
+    else:
+        cache.k[block, :, offset], cache.k_scale[block, :, offset] = quantised(key, cache.k.dtype)
+        cache.v[block, :, offset], cache.v_scale[block, :, offset] = quantised(value, cache.v.dtype)
+
+
+def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [..., W] of `dtype` and scales [...] float16 of x [..., D]; in float32, which the definition is in."""
+    x = x.float()
+    low, high = x.amin(-1), x.amax(-1)
+    largest = torch.maximum(high, -low)
+    broken = (x * 0).sum(-1)  # NaN where there is a NaN or infinity, else 0
+    match dtype:
+        case torch.int8:
+            scale = largest / 127
+        case torch.float8_e4m3fn:
+            scale = largest / 448
+        case torch.uint8:
+            scale = torch.where(high >= -low, high, low) / -8
+        case _:
+            raise AssertionError(f"no cache format has {dtype}")
+    scale = (scale + broken).to(SCALE_DTYPE)
+    # 0 / 0 and what a broken row holds become 0.
+    codes = torch.nan_to_num(x / scale.float()[..., None], nan=0.0, posinf=0.0, neginf=0.0)
+    match dtype:
+        case torch.int8:
+            return codes.round().clamp(-127, 127).to(torch.int8), scale
+        case torch.float8_e4m3fn:
+            return codes.clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    low_half, high_half = (codes.round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+    return low_half | high_half << 4, scale
+
+
+def dequantised(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """The float64 values [..., D] of stored rows [..., W] and their scales [...]."""
+    if scale is None:
+        return rows.double()
+    if rows.dtype == torch.uint8:
+        rows = torch.cat([rows & 15, rows >> 4], dim=-1).double() - 8
+    return rows.double() * scale.double()[..., None]
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -51,36 +108,55 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
 
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate / 2 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 gate^3))) * up."""
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (gate / 2 * (1 + torch.tanh(inner)) * up).to(gate_up.dtype)
+
+
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVLayer,
     meta: AttentionMetadata,
     heads: HeadLayout,
     scale: float,
     *,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q . k) v over the visible positions, one row and one KV head at a time."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    block_size = k_cache.shape[2]
     starts = meta.query_start.tolist()
     for row, context_len in enumerate(meta.context_lens.tolist()):
         begin, end = starts[row], starts[row + 1]
         position = torch.arange(context_len)
-        block = meta.block_tables[row].long()[position // block_size]
-        keys = k_cache[block, :, position % block_size].double()  # [context, Hk, D]
-        values = v_cache[block, :, position % block_size].double()
+        block, offset = meta.block_tables[row].long()[position // meta.block_size], position % meta.block_size
+        keys, values = (  # [context, Hk, D]
+            dequantised(rows[block, :, offset], None if scales is None else scales[block, :, offset])
+            for rows, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+        )
         query_position = torch.arange(context_len - (end - begin), context_len)
         hidden = position[None, :] > query_position[:, None]
         if window is not None:
             hidden |= position[None, :] <= query_position[:, None] - window
         first = 0
         for kv_head, count in enumerate(heads.q_per_kv):
-            queries = q[begin:end, first : first + count].double()
-            logits = scale * torch.einsum("qhd,kd->qhk", queries, keys[:, kv_head])
-            weights = torch.softmax(logits.masked_fill(hidden[:, None, :], float("-inf")), dim=-1)
-            attended = torch.einsum("qhk,kd->qhd", weights, values[:, kv_head])
-            out[begin:end, first : first + count] = attended.to(q.dtype)
+            group = slice(first, first + count)
             first += count
+            logits = scale * torch.einsum("qhd,kd->qhk", q[begin:end, group].double(), keys[:, kv_head])
+            if soft_cap is not None:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            logits = logits.masked_fill(hidden[:, None, :], float("-inf"))
+            total = torch.logsumexp(logits, dim=-1)
+            if sinks is not None:
+                total = torch.logaddexp(total, sinks[group].double())
+            weights = torch.exp(logits - total[..., None])
+            # Values that nobody sees are left out: 0 times NaN would be NaN.
+            seen = values[:, kv_head].masked_fill(hidden.all(0)[:, None], 0.0)
+            out[begin:end, group] = torch.einsum("qhk,kd->qhd", weights, seen).to(q.dtype)
+            if lse is not None:
+                lse[begin:end, group] = total.float()
     return out

@@ -23,7 +23,7 @@ from .all_reduce import SUM_DTYPES, GroupError, Transport
 from .all_reduce_gloo import GlooTransport
 from .all_reduce_nccl import NcclTransport
 from .shared_memory import SharedMemoryTransport
-from .shared_memory_native import load_library
+from .shared_memory_native import load_ring
 
 __all__ = ["Group", "GroupError"]
 
@@ -84,7 +84,7 @@ class Group:
             return cls.single(device)
         store = PrefixStore(f"{job_id}/{epoch}", store)
         meeting = _Meeting(store, rank, world_size, time.monotonic() + timeout_s)
-        library = load_library() if device.type == "cpu" else None
+        library = load_ring() if device.type == "cpu" else None
         hellos = meeting.exchange("hello", _describe(device, host_id, library is not None))
         one_host = len({hello["host"] for hello in hellos}) == 1
         backend = _choose(hellos)

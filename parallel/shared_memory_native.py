@@ -1,28 +1,15 @@
-"""Compiles shared_memory.c with the system's compiler, at first use, and calls it through ctypes.
-
-The library is kept in the user's cache directory under a name that covers everything it depends on, so a changed
-source, compiler or processor makes a new file. No compiler is no error: the Python ring does the same, slower.
-"""
+"""The ring of shared_memory.c, called through ctypes. Without a compiler the Python ring does the same, slower."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from ..kernels.native import load_library
 from .shared_memory_layout import BYTES, DTYPE_CODES, Segment
-
-_SOURCE = Path(__file__).with_name("shared_memory.c")
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
-_COMPILE_TIMEOUT_S = 60
 
 
 class _RingStruct(ctypes.Structure):
@@ -40,63 +27,14 @@ class _RingStruct(ctypes.Structure):
     )
 
 
-def load_library() -> ctypes.CDLL | None:
-    """The compiled library, from the cache or made now; None where that is not possible."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    try:
-        path = _cache_directory() / f"shared_memory-{_fingerprint(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
-        library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    pointer = ctypes.c_void_p
-    library.ring_collective.argtypes = (pointer, ctypes.c_int, pointer, pointer, ctypes.c_int64)
-    library.ring_collective.restype = ctypes.c_int
+def load_ring() -> ctypes.CDLL | None:
+    """The compiled ring; None where there is no compiler."""
+    library = load_library(Path(__file__).with_name("shared_memory.c"))
+    if library is not None:
+        pointer = ctypes.c_void_p
+        library.ring_collective.argtypes = (pointer, ctypes.c_int, pointer, pointer, ctypes.c_int64)
+        library.ring_collective.restype = ctypes.c_int
     return library
-
-
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    directory = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "kvshard"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory
-
-
-def _fingerprint(compiler: str) -> str:
-    """Source, flags, compiler, and the processor: a home directory may be shared by machines of several kinds."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S
-    )
-    digest = hashlib.sha256(_SOURCE.read_bytes())
-    for part in (
-        " ".join(_FLAGS).encode(),
-        version.stdout,
-        platform.machine().encode(),
-        _processor_features(),
-    ):
-        digest.update(b"\0" + part)
-    return digest.hexdigest()[:24]
-
-
-def _processor_features() -> bytes:
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    wanted = (b"model name", b"flags", b"CPU part", b"Features")
-    return b"\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """Compile beside the target, then rename: ranks that start together never see half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", temporary]
-        subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 class NativeRing:

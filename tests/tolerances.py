@@ -38,6 +38,11 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("rotary", torch.float32): F32_ROUNDING,
     ("rotary", torch.bfloat16): BF16_TWO_ULP,
     ("rotary", torch.float16): F16_ULP,
+    ("scale", torch.float16): Tolerance(
+        6e-8,
+        2**-10,
+        "one rounding to float16 of a key that was turned in float32: one unit in the last place",
+    ),
     ("activation", torch.float32): F32_ROUNDING,
     ("activation", torch.bfloat16): BF16_TWO_ULP,
     ("activation", torch.float16): F16_ULP,
@@ -53,6 +58,13 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         1.6e-2,
         "softmax weights are rounded to bfloat16 before the second product, and the output once more",
     ),
+    ("logsumexp of float32", torch.float32): Tolerance(
+        3e-6, 3e-6, "float32 logits and sums; no rounding to the model's dtype on the way"
+    ),
+    ("logsumexp of bfloat16", torch.float32): Tolerance(
+        3e-6, 3e-6, "bfloat16 queries and keys are exact in float32, so as with float32"
+    ),
+    ("logsumexp of float16", torch.float32): Tolerance(3e-6, 3e-6, "as with bfloat16"),
     ("attention", torch.float16): Tolerance(2e-3, 2e-3, "as with bfloat16, of three bits more"),
 }
 

@@ -78,12 +78,9 @@ class Decoder:
         heads = self._heads
         qkv = layer.qkv(hidden).view(num_tokens, -1, self._head_dim)
         q, k, v = qkv.split([heads.num_q_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
-        ops.rotary(q, k, self._cos_sin, inputs.positions)
-        k_cache, v_cache = cache.k[index], cache.v[index]
-        ops.kv_write(k, v, k_cache, v_cache, inputs.slot_mapping)
-        out = ops.paged_attention(
-            q, k_cache, v_cache, inputs.attention, heads, self._scale, window=self._windows[index]
-        )
+        kv = cache.layers[index]
+        ops.rotary_kv_write(q, k, v, self._cos_sin, inputs.positions, kv, inputs.slot_mapping)
+        out = ops.paged_attention(q, kv, inputs.attention, heads, self._scale, window=self._windows[index])
         return layer.o(out.view(num_tokens, -1))
 
 

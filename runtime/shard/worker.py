@@ -53,6 +53,7 @@ class Worker:
             self.shard,
             num_blocks=num_blocks,
             block_size=cache.block_size,
+            format=cache.dtype,
             dtype=self._dtype,
             device=self.device,
         )

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from kvshard.kernels import reference
+from kvshard.kernels.cache import CacheFormat, KVLayer
 from kvshard.kernels.metadata import AttentionMetadata, HeadLayout
 
 
@@ -26,30 +28,47 @@ class AttentionCase:
     """Arguments of paged_attention; `changed` gives a copy with other lengths or block tables."""
 
     q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    cache: KVLayer
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     block_tables: torch.Tensor
     heads: HeadLayout
     scale: float
     window: int | None = None
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
 
     def changed(self, **changes: Any) -> "AttentionCase":
         return replace(self, **changes)
 
     def run(self, function: Callable[..., torch.Tensor], device: str = "cpu", **options: Any) -> torch.Tensor:
         """`function` on these arguments, result on CPU."""
+        return self.run_with_lse(function, device, **options)[0]
+
+    def run_with_lse(
+        self, function: Callable[..., torch.Tensor], device: str = "cpu", **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         meta = AttentionMetadata.build(
             np.array(self.query_lens, dtype=np.int32),
             np.array(self.context_lens, dtype=np.int32),
             self.block_tables.to(device),
-            self.k_cache.shape[2],
+            self.cache.block_size,
             device,
         )
-        q, k_cache, v_cache = (x.to(device) for x in (self.q, self.k_cache, self.v_cache))
-        out = function(q, k_cache, v_cache, meta, self.heads, self.scale, window=self.window, **options)
-        return out.cpu()
+        lse = torch.full(self.q.shape[:2], float("nan"), device=device)
+        out = function(
+            self.q.to(device),
+            self.cache.to(device),
+            meta,
+            self.heads,
+            self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=None if self.sinks is None else self.sinks.to(device),
+            lse=lse,
+            **options,
+        )
+        return out.cpu(), lse.cpu()
 
     def alone(self, row: int) -> "AttentionCase":
         """The case of one of its rows, over the same cache."""
@@ -70,6 +89,9 @@ def attention_case(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
+    soft_cap: float | None = None,
+    with_sinks: bool = False,
+    format: CacheFormat = "auto",
     seed: int = 0,
 ) -> AttentionCase:
     """Random queries and cache, shuffled blocks, NaN in every slot that holds no token; q is a view of a wider tensor."""
@@ -77,30 +99,30 @@ def attention_case(
     heads = HeadLayout(q_per_kv)
     counts = [-(-length // block_size) for length in context_lens]
     num_blocks = sum(counts) + 3
-    shape = (num_blocks, heads.num_kv_heads, block_size, head_dim)
-    k_cache = torch.full(shape, float("nan"), dtype=dtype)
-    v_cache = torch.full(shape, float("nan"), dtype=dtype)
+    cache = KVLayer.empty(format, (num_blocks, heads.num_kv_heads, block_size, head_dim), dtype, "cpu")
+    cache.fill_(float("nan"))
     free = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()  # block 0 is never a row's
     block_tables = torch.zeros(len(counts), max(counts) + 1, dtype=torch.int32)
     for row, (count, length) in enumerate(zip(counts, context_lens, strict=True)):
         blocks = [free.pop() for _ in range(count)]
         block_tables[row, :count] = torch.tensor(blocks, dtype=torch.int32)
-        for cache in (k_cache, v_cache):
-            for place, block in enumerate(blocks):
-                used = min(block_size, length - place * block_size)
-                cache[block, :, :used] = torch.randn(heads.num_kv_heads, used, head_dim, generator=generator)
+        kv = torch.randn(2, length, heads.num_kv_heads, head_dim, generator=generator)
+        for position in range(length):
+            place = blocks[position // block_size], position % block_size
+            reference.store(cache, *place, kv[0, position], kv[1, position])
     num_tokens = sum(query_lens)
     qkv = torch.randn(num_tokens, heads.num_q_heads + 2, head_dim, generator=generator).to(dtype)
     return AttentionCase(
         q=qkv[:, : heads.num_q_heads],
-        k_cache=k_cache,
-        v_cache=v_cache,
+        cache=cache,
         query_lens=query_lens,
         context_lens=context_lens,
         block_tables=block_tables,
         heads=heads,
         scale=head_dim**-0.5,
         window=window,
+        soft_cap=soft_cap,
+        sinks=torch.randn(heads.num_q_heads, generator=generator) if with_sinks else None,
     )
 
 

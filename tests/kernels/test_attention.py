@@ -5,6 +5,7 @@ import torch
 from tolerances import assert_within
 
 from kvshard.kernels import reference
+from kvshard.kernels.cache import KVLayer
 from kvshard.kernels.metadata import AttentionMetadata
 
 SHAPES = {
@@ -27,19 +28,58 @@ SHAPES = {
         "q_per_kv": (2, 1),
     },
     "window longer than all": {"query_lens": (1, 4), "context_lens": (40, 20), "window": 1000},
+    "soft cap": {"query_lens": (1, 6), "context_lens": (70, 20), "q_per_kv": (2, 1), "soft_cap": 1.5},
+    "sinks": {"query_lens": (1, 6, 1), "context_lens": (70, 20, 1), "q_per_kv": (2, 1), "with_sinks": True},
+    "window, cap and sinks": {
+        "query_lens": (1, 20),
+        "context_lens": (90, 20),
+        "q_per_kv": (3, 2),
+        "window": 17,
+        "soft_cap": 2.0,
+        "with_sinks": True,
+    },
+    "block size 128": {"query_lens": (1, 3), "context_lens": (129, 127), "block_size": 128},
+    "head_dim 256": {"query_lens": (1, 5), "context_lens": (33, 9), "head_dim": 256, "q_per_kv": (1,)},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"]
+)
+QUANTISED = pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+
+
+def check(backend, case):
+    out, lse = case.run_with_lse(backend.ops.paged_attention, backend.device)
+    expected, expected_lse = case.run_with_lse(reference.paged_attention)
+    assert out.is_contiguous()
+    assert_within(out, expected, "attention")
+    assert_within(lse, expected_lse, f"logsumexp of {str(out.dtype).removeprefix('torch.')}")
+
+
+@DTYPES
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_matches_reference(backend, attention_case, shape, dtype):
-    case = attention_case(**shape, dtype=dtype)
-    got = case.run(backend.ops.paged_attention, backend.device)
-    assert got.is_contiguous()
-    assert_within(got, case.run(reference.paged_attention), "attention")
+    check(backend, attention_case(**shape, dtype=dtype))
 
 
-MIXED = {"query_lens": (1, 9, 1), "context_lens": (40, 25, 18), "q_per_kv": (2, 1), "block_size": 16}
+@QUANTISED
+@DTYPES
+@pytest.mark.parametrize(
+    "name", ["decode, ragged lengths", "prefill cut in the middle", "head_dim 80", "window, cap and sinks"]
+)
+def test_quantised_matches_reference(backend, attention_case, name, format, dtype):
+    """Against the definition on the same stored codes: only what attention itself rounds differs."""
+    check(backend, attention_case(**SHAPES[name], format=format, dtype=dtype))
+
+
+MIXED = {
+    "query_lens": (1, 9, 1),
+    "context_lens": (40, 25, 18),
+    "q_per_kv": (2, 1),
+    "soft_cap": 3.0,
+    "with_sinks": True,
+}
 
 
 def _swapped_blocks(first, second):
@@ -61,6 +101,30 @@ MUTATIONS = {
     "scale": lambda case: case.changed(scale=case.scale * 1.1),
     "window": lambda case: case.changed(window=17),
     "heads dealt otherwise": lambda case: case.changed(heads=type(case.heads)((1, 2))),
+    "no soft cap": lambda case: case.changed(soft_cap=None),
+    "no sinks": lambda case: case.changed(sinks=None),
+    "sinks of other heads": lambda case: case.changed(sinks=case.sinks.roll(1)),
+}
+
+
+def _scales_doubled(case, name):
+    cache = case.cache.clone()
+    getattr(cache, name).mul_(2)
+    return case.changed(cache=cache)
+
+
+def _halves_swapped(case, name):
+    cache = case.cache.clone()
+    rows = getattr(cache, name)
+    rows.copy_(rows << 4 | rows >> 4)
+    return case.changed(cache=cache)
+
+
+CACHE_MUTATIONS = {
+    "key scales": ("int8", lambda case: _scales_doubled(case, "k_scale")),
+    "value scales": ("fp8", lambda case: _scales_doubled(case, "v_scale")),
+    "key halves": ("int4", lambda case: _halves_swapped(case, "k")),
+    "value halves": ("int4", lambda case: _halves_swapped(case, "v")),
 }
 
 
@@ -73,30 +137,39 @@ def test_wrong_input_fails(backend, attention_case, mutate):
         assert_within(mutate(case).run(backend.ops.paged_attention, backend.device), expected, "attention")
 
 
+@pytest.mark.parametrize(("format", "mutate"), CACHE_MUTATIONS.values(), ids=CACHE_MUTATIONS.keys())
+def test_wrong_codes_fail(backend, attention_case, format, mutate):
+    case = attention_case(**MIXED, format=format)
+    expected = case.run(reference.paged_attention)
+    assert_within(case.run(backend.ops.paged_attention, backend.device), expected, "attention")
+    with pytest.raises(AssertionError, match="not close"):
+        assert_within(mutate(case).run(backend.ops.paged_attention, backend.device), expected, "attention")
+
+
 def test_layers_share_one_plan(backend, attention_case):
     """The second layer of a step reuses what the first worked out, and reads its own cache."""
     case = attention_case(**MIXED)
+    swapped = case.changed(cache=KVLayer(case.cache.v, case.cache.k))
     metas = []
 
-    def twice(q, k_cache, v_cache, meta: AttentionMetadata, heads, scale, window):
-        backend.ops.paged_attention(q, k_cache, v_cache, meta, heads, scale, window)
+    def twice(q, cache, meta: AttentionMetadata, *arguments, **options):
+        backend.ops.paged_attention(q, cache, meta, *arguments, **options)
         planned = dict(meta._prepared)
         metas.append((planned, meta._prepared))
-        return backend.ops.paged_attention(q, v_cache, k_cache, meta, heads, scale, window)
+        return backend.ops.paged_attention(q, KVLayer(cache.v, cache.k), meta, *arguments, **options)
 
-    got = case.run(twice, backend.device)
-    swapped = case.changed(k_cache=case.v_cache, v_cache=case.k_cache)
-    assert_within(got, swapped.run(reference.paged_attention), "attention")
+    assert_within(case.run(twice, backend.device), swapped.run(reference.paged_attention), "attention")
     ((before, after),) = metas
     assert before
     assert before.keys() == after.keys()
 
 
-def test_nan_of_one_row_stays_there(backend, attention_case):
+@pytest.mark.parametrize("format", ["auto", "int8"])
+def test_nan_of_one_row_stays_there(backend, attention_case, format):
     """A row with NaN keys, a short row padded to its length: only the first becomes NaN."""
-    case = attention_case((1, 1, 1), (40, 5, 30))
+    case = attention_case((1, 1, 1), (40, 5, 30), format=format)
     expected = case.run(reference.paged_attention)
-    case.k_cache[case.block_tables[0, 0].long()] = float("nan")
+    case.cache.fill_(float("nan"), case.block_tables[0, :1].tolist())
     got = case.run(backend.ops.paged_attention, backend.device)
     assert got[0].isnan().all()
     assert_within(got[1:], expected[1:], "attention")

@@ -42,36 +42,61 @@ def test_chunks_match_reference(triton_attention, triton_device, attention_case,
     assert_within(got, case.run(reference.paged_attention), "attention")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_a_row_alone_and_in_a_batch(backend, attention_case, dtype):
-    """Bit for bit, in each back end; the 300 tokens make the CPU back end pad to several lengths."""
-    case = attention_case((1, 1, 5, 1, 17), (70, 300, 20, 5, 33), q_per_kv=(2, 1), head_dim=24, dtype=dtype)
-    together = case.run(backend.ops.paged_attention, backend.device)
+FORMATS = pytest.mark.parametrize(
+    ("format", "dtype"),
+    [("auto", torch.float32), ("auto", torch.bfloat16), ("int8", torch.bfloat16), ("int4", torch.float32)],
+    ids=["f32", "bf16", "int8", "int4"],
+)
+
+
+def bits_equal(got, expected):
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@FORMATS
+def test_a_row_alone_and_in_a_batch(backend, attention_case, format, dtype):
+    """Bit for bit, output and logsumexp, in each back end."""
+    case = attention_case(
+        (1, 1, 5, 1, 17), (70, 300, 20, 5, 33), q_per_kv=(2, 1), head_dim=24, dtype=dtype, format=format
+    )
+    together = case.run_with_lse(backend.ops.paged_attention, backend.device)
     for row, begin in enumerate((0, 1, 2, 7, 8)):
-        alone = case.alone(row).run(backend.ops.paged_attention, backend.device)
-        assert torch.equal(alone, together[begin : begin + case.query_lens[row]])
+        alone = case.alone(row).run_with_lse(backend.ops.paged_attention, backend.device)
+        assert bits_equal(alone, [x[begin : begin + case.query_lens[row]] for x in together])
 
 
 @pytest.mark.parametrize(
     ("query_lens", "context_lens", "options"),
     [
         ((2, 16, 9), (700, 1200, 513), {"q_per_kv": (3, 3), "head_dim": 64}),
-        ((8, 2, 16), (8, 26, 226), {"q_per_kv": (4,), "head_dim": 128}),
         ((67, 65), (935, 105), {"q_per_kv": (4,), "head_dim": 64, "window": 30}),
         ((13, 37, 41), (51, 76, 41), {"q_per_kv": (4,), "head_dim": 128, "dtype": torch.float16}),
+        ((40, 1), (1500, 2000), {"q_per_kv": (5,), "dtype": torch.bfloat16, "format": "fp8"}),
     ],
-    ids=["few queries", "few positions", "a few over a multiple", "f16"],
+    ids=["few queries", "window", "f16", "fp8"],
 )
-def test_prompts_alone_and_in_a_batch_on_cpu(attention_case, query_lens, context_lens, options):
-    """Lengths at which products of other shapes have other bits, unless rows are padded the same way in any batch."""
+def test_cut_and_batched_on_cpu(attention_case, query_lens, context_lens, options):
+    """Long contexts, several threads: a row alone, in a batch, and a query at a time."""
     from kvshard.kernels import cpu
 
     case = attention_case(query_lens, context_lens, **options, seed=152)
-    together = case.run(cpu.paged_attention)
+    torch.set_num_threads(2)
+    together = case.run_with_lse(cpu.paged_attention)
     begin = 0
     for row, length in enumerate(query_lens):
-        alone = case.alone(row).run(cpu.paged_attention)
-        assert torch.equal(alone, together[begin : begin + length])
+        torch.set_num_threads(1 + row % 2)
+        alone = case.alone(row)
+        assert bits_equal(
+            alone.run_with_lse(cpu.paged_attention), [x[begin : begin + length] for x in together]
+        )
+        for query in range(length):
+            one = alone.changed(
+                q=alone.q[query : query + 1],
+                query_lens=(1,),
+                context_lens=(context_lens[row] - length + query + 1,),
+            )
+            place = slice(begin + query, begin + query + 1)
+            assert bits_equal(one.run_with_lse(cpu.paged_attention), [x[place] for x in together])
         begin += length
 
 

@@ -6,9 +6,15 @@ import torch
 
 from kvshard.kernels import ops
 
-CACHE = torch.zeros(4, 2, 16, 8)
-GAPPY_CACHE = torch.zeros(4, 16, 2, 8).transpose(1, 2)
+ROWS = torch.zeros(4, 2, 16, 8)
+GAPPY_ROWS = torch.zeros(4, 16, 2, 8).transpose(1, 2)
+CODES = torch.zeros(4, 2, 16, 8, dtype=torch.int8)
+SCALES = torch.ones(4, 2, 16, dtype=torch.float16)
+CACHE = ops.KVLayer(ROWS, ROWS)
 Q = torch.zeros(3, 4, 8)
+KV = torch.zeros(3, 2, 8)
+LONGS = torch.zeros(3, dtype=torch.int64)
+ANGLES = torch.zeros(9, 8)
 META = ops.AttentionMetadata.build(
     np.array([1, 2], dtype=np.int32),
     np.array([5, 2], dtype=np.int32),
@@ -29,28 +35,46 @@ BAD_CALLS = {
     "residual: expected shape [3, 24] torch.float32 on cpu, got [3, 24] torch.bfloat16": lambda: (
         ops.add_rms_norm(torch.zeros(3, 24), torch.zeros(3, 24, dtype=torch.bfloat16), torch.zeros(24), 1e-5)
     ),
-    "positions: expected shape [3] torch.int64": lambda: ops.rotary(
-        Q, Q, torch.zeros(9, 8), torch.zeros(3, dtype=torch.int32)
+    "positions: expected shape [3] torch.int64": lambda: ops.rotary_kv_write(
+        Q, KV, KV, ANGLES, LONGS.int(), CACHE, LONGS
     ),
-    "k: expected shape [3, Hk, 8]": lambda: ops.rotary(Q, Q[:2], torch.zeros(9, 8), torch.zeros(3).long()),
-    "even rotary_dim <= 8], got [9, 10]": lambda: ops.rotary(Q, Q, torch.zeros(9, 10), torch.zeros(3).long()),
-    "k_cache: expected shape [num_blocks, 4, block_size, 8]": lambda: ops.kv_write(
-        Q, Q, CACHE, CACHE, torch.zeros(3).long()
+    "k: expected shape [3, Hk, 8]": lambda: ops.rotary_kv_write(Q, KV[:2], KV, ANGLES, LONGS, CACHE, LONGS),
+    "even rotary_dim <= 8], got [9, 10]": lambda: ops.rotary_kv_write(
+        Q, KV, KV, torch.zeros(9, 10), LONGS, CACHE, LONGS
+    ),
+    "cache.k: expected shape [num_blocks, 4, block_size, 8]": lambda: ops.rotary_kv_write(
+        Q, Q, Q, ANGLES, LONGS, CACHE, LONGS
+    ),
+    "cache.k: expected a contiguous tensor": lambda: ops.rotary_kv_write(
+        Q, KV, KV, ANGLES, LONGS, ops.KVLayer(GAPPY_ROWS, ROWS), LONGS
+    ),
+    "q_norm, k_norm: expected both or none": lambda: ops.rotary_kv_write(
+        Q, KV, KV, ANGLES, LONGS, CACHE, LONGS, q_norm=torch.zeros(8)
     ),
     "gate_up: expected shape [T, 2 * I], got [3, 5]": lambda: ops.silu_mul(torch.zeros(3, 5)),
-    "q: expected shape [3, 4, D]": lambda: ops.paged_attention(Q[:2], CACHE, CACHE, META, HEADS, 1.0),
-    "k_cache: expected shape [num_blocks, 2, 16, 8]": lambda: ops.paged_attention(
-        Q, CACHE[:, :1], CACHE, META, HEADS, 1.0
+    "q: expected shape [3, 4, D]": lambda: ops.paged_attention(Q[:2], CACHE, META, HEADS, 1.0),
+    "cache.k: expected shape [num_blocks, 2, 16, 8]": lambda: ops.paged_attention(
+        Q, ops.KVLayer(ROWS[:, :1], ROWS), META, HEADS, 1.0
     ),
-    "k_cache: expected a contiguous tensor": lambda: ops.kv_write(
-        Q[:, :2], Q[:, :2], GAPPY_CACHE, CACHE, torch.zeros(3).long()
+    "cache.v: expected a contiguous tensor": lambda: ops.paged_attention(
+        Q, ops.KVLayer(ROWS, GAPPY_ROWS), META, HEADS, 1.0
     ),
-    "v_cache: expected a contiguous tensor": lambda: ops.paged_attention(
-        Q, CACHE, GAPPY_CACHE, META, HEADS, 1.0
+    "cache.k_scale: expected a tensor with a cache of torch.int8, got None": lambda: ops.paged_attention(
+        Q, ops.KVLayer(CODES, CODES), META, HEADS, 1.0
     ),
-    "window: expected at least 1, got 0": lambda: ops.paged_attention(
-        Q, CACHE, CACHE, META, HEADS, 1.0, window=0
+    "cache.v_scale: expected shape [4, 2, 16] torch.float16": lambda: ops.paged_attention(
+        Q, ops.KVLayer(CODES, CODES, SCALES, SCALES.float()), META, HEADS, 1.0
     ),
+    "soft_cap: expected more than 0, got 0.0": lambda: ops.paged_attention(
+        Q, CACHE, META, HEADS, 1.0, soft_cap=0.0
+    ),
+    "sinks: expected shape [4] torch.float32": lambda: ops.paged_attention(
+        Q, CACHE, META, HEADS, 1.0, sinks=torch.zeros(3)
+    ),
+    "lse: expected shape [3, 4] torch.float32": lambda: ops.paged_attention(
+        Q, CACHE, META, HEADS, 1.0, lse=torch.zeros(3, 2)
+    ),
+    "window: expected at least 1, got 0": lambda: ops.paged_attention(Q, CACHE, META, HEADS, 1.0, window=0),
     "device: expected one of cuda, cpu, got meta": lambda: ops.silu_mul(torch.zeros(3, 4, device="meta")),
 }
 
@@ -63,7 +87,7 @@ def test_a_misfit_is_refused(message):
 
 
 def test_cpu_tensors_go_to_the_cpu_back_end():
-    out = ops.paged_attention(Q, CACHE, CACHE, META, HEADS, 1.0)
+    out = ops.paged_attention(Q, CACHE, META, HEADS, 1.0)
     assert torch.equal(out, torch.zeros(3, 4, 8))
     assert torch.equal(ops.silu_mul(torch.ones(2, 2)), torch.ones(2, 1).sigmoid())
 

@@ -1,4 +1,4 @@
-"""The compiled ring: made once, kept in the user's cache, and not needed."""
+"""Compiled sources: made once, kept in the user's cache, and not needed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from kvshard.parallel.shared_memory_native import load_library
+import kvshard.parallel.shared_memory as ring
+from kvshard.kernels.native import load_library
+
+SOURCE = Path(ring.__file__).with_name("shared_memory.c")
 
 
 def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert load_library() is not None
+    assert load_library(SOURCE) is not None
     (library,) = (tmp_path / "kvshard").iterdir()
     made = library.stat().st_mtime_ns
-    assert load_library() is not None
+    assert load_library(SOURCE) is not None
     assert [p.stat().st_mtime_ns for p in (tmp_path / "kvshard").iterdir()] == [made]
     assert (tmp_path / "kvshard").stat().st_mode & 0o077 == 0
 
@@ -25,7 +28,7 @@ def test_a_relative_cache_is_not_taken_for_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_library() is not None
+    assert load_library(SOURCE) is not None
     assert list((tmp_path / "work").iterdir()) == []
     assert len(list((tmp_path / ".cache/kvshard").iterdir())) == 1
 
@@ -33,7 +36,7 @@ def test_a_relative_cache_is_not_taken_for_one(tmp_path: Path, monkeypatch: pyte
 def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    assert load_library() is None
+    assert load_library(SOURCE) is None
 
 
 def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,11 +45,11 @@ def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.M
     compiler.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert load_library() is None
+    assert load_library(SOURCE) is None
     assert not list((tmp_path / "cache" / "kvshard").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert load_library() is None
+    assert load_library(SOURCE) is None
