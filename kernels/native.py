@@ -15,20 +15,20 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# Sums keep the order that they are written in, on every processor: no -ffast-math, no fused multiply-add unless asked for.
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+# No -ffast-math: sums keep the order that they are written in, on every processor.
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
 _COMPILE_TIMEOUT_S = 60
 
 
-def load_library(source: Path, *, openmp: bool = False) -> ctypes.CDLL | None:
+def load_library(source: Path, *extra_flags: str) -> ctypes.CDLL | None:
     """The compiled library, from the cache or made now; None where that is not possible.
 
-    openmp: link with the OpenMP runtime that is loaded already, which is torch's, so that both share their threads.
+    With -fopenmp it runs on the OpenMP runtime that torch has loaded already, so that both share their threads.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    flags = (*_FLAGS, "-fopenmp") if openmp else _FLAGS
+    flags = (*_FLAGS, *extra_flags)
     try:
         path = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, flags, source)}.so"
         if not path.exists():

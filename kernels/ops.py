@@ -127,7 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x       [T, H], rows of adjacent elements
     weight  [H], dtype of x
-    returns [T, H], dtype of x, contiguous. In float32 the bits are those of transformers' LlamaRMSNorm on CPU.
+    returns [T, H], dtype of x, contiguous
     """
     _check("x", x, ("T", "H"), x, x.dtype)
     _check("weight", weight, (x.shape[1],), x, x.dtype)

@@ -1,6 +1,6 @@
-"""The operations on CPU, in torch: vectorised over rows and heads, no loop per sequence, head or token."""
+"""The operations on CPU: C, compiled at first use, with torch in its place where there is no compiler."""
 
 from .attention import paged_attention
-from .pointwise import add_rms_norm, kv_write, rms_norm, rotary, silu_mul
+from .pointwise import add_rms_norm, gelu_mul, rms_norm, rotary_kv_write, silu_mul
 
-__all__ = ["add_rms_norm", "kv_write", "paged_attention", "rms_norm", "rotary", "silu_mul"]
+__all__ = ["add_rms_norm", "gelu_mul", "paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"]

@@ -1,80 +1,88 @@
-"""Paged attention on CPU: gather a bucket's keys and values through the block table, then torch's flash kernel."""
+"""Paged attention on CPU, in C (attention.c), or in torch where there is no compiler."""
 
-from functools import lru_cache
+from __future__ import annotations
+
+import ctypes
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..cache import KVLayer
 from ..metadata import AttentionMetadata, HeadLayout
-from .plan import Bucket, plan_buckets
+from .library import FORMAT_CODES, load
+from .torch_ops import paged_attention as torch_attention
+
+MAX_HEAD_DIM = 256
+
+
+class _Arguments(ctypes.Structure):
+    """struct attention"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scale", "v_scale", "out", "lse", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("query_start", "context_lens", "block_tables", "first_head")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_q_heads", "num_kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("block_size", "table_stride", "q_stride", "q_head_stride")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("lse_stride", "q_format", "cache_format", "window", "num_threads")
+        ),
+        *((name, ctypes.c_double) for name in ("scale", "soft_cap")),
+    )
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: KVLayer,
     meta: AttentionMetadata,
     heads: HeadLayout,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """See `ops.paged_attention`. A few torch calls per bucket of rows; a decode step is usually one bucket."""
-    buckets = meta.prepare(
-        ("cpu", heads, window, q.dtype), lambda: plan_buckets(meta, heads, window, q.dtype)
+    """See `ops.paged_attention`."""
+    library = load("attention.c", "-fopenmp", "-ffp-contract=fast")
+    if library is None or q.dtype not in FORMAT_CODES or q.shape[2] > MAX_HEAD_DIM:
+        return torch_attention(q, cache, meta, heads, scale, window, soft_cap, sinks, lse)
+    arguments, _ = meta.prepare(
+        ("cpu", heads, scale, window, soft_cap), lambda: _plan(meta, heads, scale, window, soft_cap)
     )
     out = torch.empty(q.shape, dtype=q.dtype)
-    for bucket in buckets:
-        k = _gather(k_cache, bucket)
-        v = _gather(v_cache, bucket)
-        queries = q.index_select(0, bucket.token_index)
-        if bucket.num_queries == 1:
-            attended = _decode(queries, k, v, bucket, heads, scale)
-        else:
-            attended = _prefill(queries, k, v, bucket, scale)
-        if bucket.real_places is not None:
-            attended = attended.index_select(0, bucket.real_places)
-        out.index_copy_(0, bucket.real_tokens, attended)
+    arguments.q, arguments.out = q.data_ptr(), out.data_ptr()
+    arguments.k, arguments.v = cache.k.data_ptr(), cache.v.data_ptr()
+    arguments.k_scale = None if cache.k_scale is None else cache.k_scale.data_ptr()
+    arguments.v_scale = None if cache.v_scale is None else cache.v_scale.data_ptr()
+    arguments.sinks = None if sinks is None else sinks.contiguous().data_ptr()
+    arguments.lse, arguments.lse_stride = (None, 0) if lse is None else (lse.data_ptr(), lse.stride(0))
+    arguments.q_stride, arguments.q_head_stride, arguments.head_dim = q.stride(0), q.stride(1), q.shape[2]
+    arguments.q_format = FORMAT_CODES[q.dtype]
+    arguments.cache_format = FORMAT_CODES[cache.k.dtype]
+    arguments.num_threads = torch.get_num_threads()
+    if library.paged_attention(ctypes.byref(arguments)):
+        raise MemoryError(f"no memory for the attention of {meta.num_tokens} tokens")
     return out
 
 
-def _gather(cache: Tensor, bucket: Bucket) -> Tensor:
-    """Keys or values of the bucket, [n, S, L, D], zero where no token was written."""
-    num_blocks, num_kv_heads, block_size, head_dim = cache.shape
-    rows = cache.view(num_blocks * num_kv_heads, block_size * head_dim)
-    gathered = rows.index_select(0, bucket.block_index).view(-1, head_dim)
-    if bucket.unwritten.shape[0]:
-        gathered.index_fill_(0, bucket.unwritten, 0)
-    return gathered.view(bucket.num_rows, -1, bucket.num_positions, head_dim)
-
-
-def _decode(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, heads: HeadLayout, scale: float) -> Tensor:
-    """One query per row: the query heads of a KV head share one pass over its keys. q [n, Hq, D] -> [n, Hq, D]."""
-    if not heads.is_even:
-        padded, places = _ragged_index(heads)
-        q = q.index_select(1, padded)
-    grouped = q.view(bucket.num_rows, heads.num_kv_heads, -1, q.shape[2])
-    attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.mask, scale=scale)
-    attended = attended.reshape(q.shape)
-    return attended if heads.is_even else attended.index_select(1, places)
-
-
-def _prefill(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
-    """Many queries per row, keys gathered once per query head. q [n * Q, Hq, D] -> [n * Q, Hq, D]."""
-    rows = q.view(bucket.num_rows, bucket.num_queries, *q.shape[1:]).transpose(1, 2)
-    attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=bucket.mask, scale=scale)
-    return attended.transpose(1, 2).reshape(q.shape)
-
-
-@lru_cache
-def _ragged_index(heads: HeadLayout) -> tuple[Tensor, Tensor]:
-    """Query heads with each group padded to the widest one by repeating its last head; where the real ones stand."""
-    widest = max(heads.q_per_kv)
-    padded: list[int] = []
-    places: list[int] = []
-    first = 0
-    for group, count in enumerate(heads.q_per_kv):
-        padded += [first + min(i, count - 1) for i in range(widest)]
-        places += [group * widest + i for i in range(count)]
-        first += count
-    return torch.tensor(padded), torch.tensor(places)
+def _plan(
+    meta: AttentionMetadata, heads: HeadLayout, scale: float, window: int | None, soft_cap: float | None
+) -> tuple[_Arguments, object]:
+    """What all layers of a step have in common, and what must live as long."""
+    ends = [sum(heads.q_per_kv[:i]) for i in range(heads.num_kv_heads + 1)]
+    first_head = (ctypes.c_int32 * len(ends))(*ends)
+    arguments = _Arguments(
+        query_start=meta.query_start.data_ptr(),
+        context_lens=meta.context_lens.data_ptr(),
+        block_tables=meta.block_tables.data_ptr(),
+        first_head=ctypes.addressof(first_head),
+        num_rows=len(meta.query_lens_host),
+        num_q_heads=heads.num_q_heads,
+        num_kv_heads=heads.num_kv_heads,
+        block_size=meta.block_size,
+        table_stride=meta.block_tables.stride(0),
+        window=window or 0,
+        scale=scale,
+        soft_cap=soft_cap or 0.0,
+    )
+    return arguments, (first_head, meta)

@@ -1,47 +1,141 @@
-"""Norms, rotary, cache writes and the gated activation on CPU. Formulas, shapes and dtypes: see `ops`."""
+"""Norms, rotary with the cache write, and gated activations on CPU, in C (pointwise.c), or in torch without a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..cache import KVLayer
+from . import torch_ops
+from .library import FORMAT_CODES, load
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_MAX_HEAD_DIM = 1024
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Rotary(ctypes.Structure):
+    """struct rotary"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("q", "k", "v", "q_norm", "k_norm", "cos_sin", "positions")),
+        *((name, _POINTER) for name in ("slot_mapping", "k_cache", "v_cache", "k_scale", "v_scale")),
+        *((name, _INT) for name in ("num_tokens", "num_q_heads", "num_kv_heads", "head_dim", "half")),
+        *((name, _INT) for name in ("block_size", "cache_format", "q_stride", "q_head_stride", "k_stride")),
+        *((name, _INT) for name in ("k_head_stride", "v_stride", "v_head_stride", "num_threads")),
+        ("eps", _FLOAT),
+    )
+
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "rms_norm": [_POINTER] * 4 + [_INT] * 4 + [_FLOAT, _INT],
+    "rotary_kv_write": [_POINTER],
+    "gated": [_POINTER] * 2 + [_INT] * 5,
+}
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    """The C function of a dtype, or None."""
+    # Unfused, as written: rotary in float32 then has the bits of transformers' own.
+    library = load("pointwise.c", "-fopenmp", "-ffp-contract=off")
+    if library is None or dtype not in _NAMES:
+        return None
+    function = getattr(library, f"{_NAMES[dtype]}_{name}")
+    if function.argtypes is None:
+        function.argtypes, function.restype = _ARGUMENTS[name], None
+    return function
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """torch's own RMSNorm: float32 inside, and the same order of operations as transformers' LlamaRMSNorm."""
-    return F.rms_norm(x, (x.shape[1],), weight, eps).contiguous()
+    return _norm(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place, then its norm."""
-    residual += x
-    return rms_norm(residual, weight, eps)
+    return _norm(x, residual, weight, eps)
 
 
-def rotary(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """Both halves of the pairs are computed before either is written back."""
-    half = cos_sin.shape[1] // 2
-    angles = cos_sin.index_select(0, positions).unsqueeze(1)
-    cos, sin = angles[..., :half], angles[..., half:]
-    for heads in (q, k):
-        first, second = heads[..., :half], heads[..., half : 2 * half]
-        wide_first, wide_second = first.float(), second.float()
-        turned = wide_first * cos - wide_second * sin
-        second.copy_(wide_second * cos + wide_first * sin)
-        first.copy_(turned)
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    function = _function("rms_norm", x.dtype)
+    if function is None:
+        if residual is not None:
+            x = residual.add_(x)
+        return torch_ops.rms_norm(x, weight, eps)
+    tokens, hidden = x.shape
+    out = torch.empty((tokens, hidden), dtype=x.dtype)
+    pointer, stride = (None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    function(
+        x.data_ptr(),
+        pointer,
+        weight.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        hidden,
+        x.stride(0),
+        stride,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """One indexed store per cache; tokens with slot -1 are left out."""
-    stored = slot_mapping >= 0
-    if not bool(stored.all()):
-        k, v, slot_mapping = k[stored], v[stored], slot_mapping[stored]
-    block_size = k_cache.shape[2]
-    block = torch.div(slot_mapping, block_size, rounding_mode="floor")
-    offset = slot_mapping - block * block_size
-    k_cache[block, :, offset] = k
-    v_cache[block, :, offset] = v
+def rotary_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache: KVLayer,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    function = _function("rotary_kv_write", q.dtype)
+    if function is None or q.shape[2] > _MAX_HEAD_DIM:
+        torch_ops.rotary_kv_write(q, k, v, cos_sin, positions, cache, slot_mapping, q_norm, k_norm, eps)
+        return
+    pointers = (q, k, v, q_norm, k_norm, cos_sin, positions, slot_mapping)
+    stored = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    arguments = _Rotary(
+        *(None if x is None else x.data_ptr() for x in pointers + stored),
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        cos_sin.shape[1] // 2,
+        cache.block_size,
+        FORMAT_CODES[cache.k.dtype],
+        *(stride for x in (q, k, v) for stride in x.stride()[:2]),
+        torch.get_num_threads(),
+        eps,
+    )
+    function(ctypes.byref(arguments))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """float32 inside; one rounding at the end."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).to(gate_up.dtype)
+    return _gated(gate_up, "silu")
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    return _gated(gate_up, "gelu")
+
+
+def _gated(gate_up: Tensor, activation: str) -> Tensor:
+    function = _function("gated", gate_up.dtype)
+    if function is None:
+        return torch_ops.gated(gate_up, activation)
+    tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, inner), dtype=gate_up.dtype)
+    function(
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        tokens,
+        inner,
+        gate_up.stride(0),
+        int(activation == "gelu"),
+        torch.get_num_threads(),
+    )
+    return out

@@ -131,13 +131,19 @@ def _attention_case() -> Callable[..., AttentionCase]:
     return attention_case
 
 
-@pytest.fixture(params=["cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each back end that can run here, called behind the door so that Triton can be interpreted on CPU."""
-    if request.param == "cpu":
+@pytest.fixture(params=["cpu", "torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Each back end that can run here, called behind the door so that Triton can be interpreted on CPU.
+
+    cpu is the compiled one, torch what takes its place without a compiler.
+    """
+    if request.param in ("cpu", "torch"):
         from kvshard.kernels import cpu
 
-        return Backend("cpu", cpu, "cpu")
+        if request.param == "torch":
+            monkeypatch.setattr("kvshard.kernels.cpu.attention.load", lambda *_: None)
+            monkeypatch.setattr("kvshard.kernels.cpu.pointwise.load", lambda *_: None)
+        return Backend(request.param, cpu, "cpu")
     pytest.importorskip("triton")
     from kvshard.kernels import triton
 

@@ -148,6 +148,8 @@ def test_wrong_codes_fail(backend, attention_case, format, mutate):
 
 def test_layers_share_one_plan(backend, attention_case):
     """The second layer of a step reuses what the first worked out, and reads its own cache."""
+    if backend.name == "torch":
+        pytest.skip("plans nothing")
     case = attention_case(**MIXED)
     swapped = case.changed(cache=KVLayer(case.cache.v, case.cache.k))
     metas = []

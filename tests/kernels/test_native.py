@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+import kvshard
 import kvshard.parallel.shared_memory as ring
 from kvshard.kernels.native import load_library
 
@@ -53,3 +55,14 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load_library(SOURCE) is None
+
+
+@pytest.mark.parametrize(
+    "source", sorted(Path(kvshard.__file__).parent.glob("*/**/*.c")), ids=lambda path: path.name
+)
+def test_every_source_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
+    """A source that does not compile would only be slow, as there is torch in its place."""
+    flags = ["-std=gnu11", "-O1", "-march=native", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    command = ["cc", *flags, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "out.so"), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

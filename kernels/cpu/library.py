@@ -1,0 +1,34 @@
+"""The compiled C sources of this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ..native import load_library
+
+# Numbers that vectors.h gives the element types.
+FORMAT_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+    torch.uint8: 5,
+}
+
+
+@cache
+def load(name: str, *flags: str) -> ctypes.CDLL | None:
+    """None, and a notice the first time, where it cannot be compiled: the torch implementations are taken then."""
+    library = load_library(Path(__file__).with_name(name), *flags)
+    if library is None:
+        warnings.warn(
+            "no C compiler was found (cc, gcc or clang): CPU attention runs in torch, many times slower",
+            stacklevel=2,
+        )
+    return library

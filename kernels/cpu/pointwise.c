@@ -1,0 +1,110 @@
+// Norms, rotary with the cache write, and gated activations. Formulas and shapes: kernels/ops.py.
+//
+// Threads share out tokens; each token is worked out by one of them, always in the same order.
+
+#include <math.h>
+
+#include "vectors.h"
+
+enum { MAX_DIM = 1024, SMALL = 32768 };  // elements of a call that are not worth a second thread
+
+// e4m3 nearest to x, |x| <= 448, ties to even.
+static inline uint8_t to_e4m3(float x) {
+    uint32_t bits, sign;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 24 & 0x80;
+    float size = fabsf(x);
+    if (size < 0x1p-6f) return (uint8_t)(sign | (uint32_t)rintf(size * 512));  // subnormal: multiples of 2^-9
+    bits &= 0x7fffffff;
+    return (uint8_t)(sign | (((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
+// One key or value of d channels into row `at` of a cache.
+static void quantise(const float *x, int64_t d, int64_t format, void *rows, _Float16 *scales, int64_t at) {
+    float low = x[0], high = x[0], broken = 0;
+    for (int64_t c = 0; c < d; c++) {
+        low = x[c] < low ? x[c] : low;
+        high = x[c] > high ? x[c] : high;
+    }
+    for (int64_t c = 0; c < d; c++) broken += x[c] * 0;
+    float largest = high >= -low ? high : -low;
+    float scale = format == INT8 ? largest / 127 : format == FP8 ? largest / 448 : (high >= -low ? high : low) / -8;
+    _Float16 stored = (_Float16)(scale + broken);
+    scales[at] = stored;
+    float divisor = (float)stored, keep = isfinite(divisor) && divisor != 0 ? 1 : 0;
+    if (!keep) divisor = 1;
+    float codes[MAX_DIM];
+    for (int64_t c = 0; c < d; c++) codes[c] = keep ? x[c] / divisor : 0;
+    if (format == INT8) {
+        int8_t *out = (int8_t *)rows + at * d;
+        for (int64_t c = 0; c < d; c++) out[c] = (int8_t)fminf(fmaxf(rintf(codes[c]), -127), 127);
+    } else if (format == FP8) {
+        uint8_t *out = (uint8_t *)rows + at * d;
+        for (int64_t c = 0; c < d; c++) out[c] = to_e4m3(fminf(fmaxf(codes[c], -448), 448));
+    } else {
+        uint8_t *out = (uint8_t *)rows + at * (d / 2);
+        for (int64_t c = 0; c < d / 2; c++) {
+            int first = (int)fminf(fmaxf(rintf(codes[c]), -8), 7) + 8;
+            int second = (int)fminf(fmaxf(rintf(codes[c + d / 2]), -8), 7) + 8;
+            out[c] = (uint8_t)(first | second << 4);
+        }
+    }
+}
+
+struct rotary {
+    void *q;
+    const void *k, *v, *q_norm, *k_norm;  // norms may be null
+    const float *cos_sin;
+    const int64_t *positions, *slot_mapping;
+    void *k_cache, *v_cache;
+    _Float16 *k_scale, *v_scale;
+    int64_t num_tokens, num_q_heads, num_kv_heads, head_dim, half, block_size, cache_format;
+    int64_t q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, num_threads;
+    float eps;
+};
+
+static inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp2_of(x * -1.44269504f)); }
+// (1 + tanh(y)) / 2 is the sigmoid of 2 y.
+static inline vf gelu_argument(vf x) { return 1.59576912f * (x + 0.044715f * x * x * x); }
+
+#define T float
+#define NAME(op) float32_##op
+#define LOAD load
+#define STORE store
+#define LOAD_1 same
+#define STORE_1 same
+#include "pointwise_ops.h"
+#undef T
+#undef NAME
+#undef LOAD
+#undef STORE
+#undef LOAD_1
+#undef STORE_1
+
+#define T uint16_t
+#define NAME(op) bfloat16_##op
+#define LOAD load_bf16
+#define STORE store_bf16
+#define LOAD_1 from_bf16
+#define STORE_1 to_bf16
+#include "pointwise_ops.h"
+#undef T
+#undef NAME
+#undef LOAD
+#undef STORE
+#undef LOAD_1
+#undef STORE_1
+
+#define T _Float16
+#define NAME(op) float16_##op
+#define LOAD load_f16
+#define STORE store_f16
+#define LOAD_1 from_f16
+#define STORE_1 to_f16
+#include "pointwise_ops.h"
+#undef T
+#undef NAME
+#undef LOAD
+#undef STORE
+#undef LOAD_1
+#undef STORE_1

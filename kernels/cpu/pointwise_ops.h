@@ -1,0 +1,111 @@
+// The operations of pointwise.c on one element type: T, its name NAME(..), and LOAD, STORE, LOAD_1, STORE_1 between it
+// and float32.
+
+static inline vf NAME(read)(const T *p, int64_t n) {
+    if (n >= LANES) return LOAD(p);
+    float x[LANES] = {};
+    for (int64_t i = 0; i < n; i++) x[i] = LOAD_1(p[i]);
+    return load(x);
+}
+
+static inline void NAME(write)(T *p, vf v, int64_t n) {
+    if (n >= LANES) STORE(p, v);
+    else
+        for (int64_t i = 0; i < n; i++) p[i] = STORE_1(v[i]);
+}
+
+// residual may be null; else residual += x comes first, rounded to T.
+void NAME(rms_norm)(const T *x, T *residual, const T *weight, T *out, int64_t tokens, int64_t hidden,
+                     int64_t x_stride, int64_t residual_stride, float eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * hidden > SMALL)
+    for (int64_t t = 0; t < tokens; t++) {
+        const T *in = x + t * x_stride;
+        vf squares = {};
+        if (residual) {
+            T *sum = residual + t * residual_stride;
+            for (int64_t c = 0; c < hidden; c += LANES) {
+                int64_t n = hidden - c;
+                NAME(write)(sum + c, NAME(read)(in + c, n) + NAME(read)(sum + c, n), n);
+                vf rounded = NAME(read)(sum + c, n);
+                squares += rounded * rounded;
+            }
+            in = sum;
+        } else
+            for (int64_t c = 0; c < hidden; c += LANES) {
+                vf value = NAME(read)(in + c, hidden - c);
+                squares += value * value;
+            }
+        float factor = 1 / sqrtf(sum_of(squares) / (float)hidden + eps);
+        for (int64_t c = 0; c < hidden; c += LANES) {
+            int64_t n = hidden - c;
+            NAME(write)(out + t * hidden + c, NAME(read)(in + c, n) * factor * NAME(read)(weight + c, n), n);
+        }
+    }
+}
+
+// One head, normed and turned, as float32 in x.
+static void NAME(turn)(const struct rotary *a, const T *head, const T *norm, const float *cos_sin, float *x) {
+    int64_t d = a->head_dim, half = a->half;
+    vf squares = {};
+    for (int64_t c = 0; c < d; c += LANES) {
+        vf value = NAME(read)(head + c, d - c);
+        squares += value * value;
+        store(x + c, value);
+    }
+    if (norm) {
+        float factor = 1 / sqrtf(sum_of(squares) / (float)d + a->eps);
+        for (int64_t c = 0; c < d; c++) x[c] = x[c] * factor * LOAD_1(norm[c]);
+    }
+    for (int64_t c = 0; c < half; c++) {
+        float first = x[c], second = x[c + half], cosine = cos_sin[c], sine = cos_sin[c + half];
+        x[c] = first * cosine - second * sine;
+        x[c + half] = second * cosine + first * sine;
+    }
+}
+
+static void NAME(put)(const float *x, int64_t d, T *out) {
+    for (int64_t c = 0; c < d; c += LANES) NAME(write)(out + c, load(x + c), d - c);
+}
+
+void NAME(rotary_kv_write)(const struct rotary *a) {
+    int64_t threads = a->num_threads, d = a->head_dim, heads = a->num_q_heads + 2 * a->num_kv_heads;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && a->num_tokens * heads * d > SMALL)
+    for (int64_t t = 0; t < a->num_tokens; t++) {
+        float x[MAX_DIM + LANES];
+        const float *cos_sin = a->cos_sin + a->positions[t] * 2 * a->half;
+        for (int64_t h = 0; h < a->num_q_heads; h++) {
+            T *head = (T *)a->q + t * a->q_stride + h * a->q_head_stride;
+            NAME(turn)(a, head, a->q_norm, cos_sin, x);
+            NAME(put)(x, d, head);
+        }
+        int64_t slot = a->slot_mapping[t];
+        for (int64_t h = 0; h < a->num_kv_heads && slot >= 0; h++) {
+            int64_t at = (slot / a->block_size * a->num_kv_heads + h) * a->block_size + slot % a->block_size;
+            const T *key = (const T *)a->k + t * a->k_stride + h * a->k_head_stride;
+            const T *value = (const T *)a->v + t * a->v_stride + h * a->v_head_stride;
+            NAME(turn)(a, key, a->k_norm, cos_sin, x);
+            if (a->k_scale) {
+                quantise(x, d, a->cache_format, a->k_cache, a->k_scale, at);
+                for (int64_t c = 0; c < d; c++) x[c] = LOAD_1(value[c]);
+                quantise(x, d, a->cache_format, a->v_cache, a->v_scale, at);
+            } else {
+                NAME(put)(x, d, (T *)a->k_cache + at * d);
+                memcpy((T *)a->v_cache + at * d, value, (size_t)d * sizeof(T));
+            }
+        }
+    }
+}
+
+// gelu: 0 for silu.
+void NAME(gated)(const T *gate_up, T *out, int64_t tokens, int64_t inner, int64_t stride, int64_t gelu,
+                  int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * inner > SMALL)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t c = 0; c < inner; c += LANES) {
+            int64_t n = inner - c;
+            const T *in = gate_up + t * stride + c;
+            vf gate = NAME(read)(in, n), up = NAME(read)(in + inner, n);
+            vf active = gate * sigmoid(gelu ? gelu_argument(gate) : gate);
+            NAME(write)(out + t * inner + c, active * up, n);
+        }
+}

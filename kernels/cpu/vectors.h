@@ -1,0 +1,104 @@
+// Vectors of floats, as wide as the processor's registers, and the number formats they are read from and written to.
+
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vu16 __attribute__((vector_size(2 * LANES)));
+typedef _Float16 vf16 __attribute__((vector_size(2 * LANES)));
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, FP8 = 4, INT4 = 5 };
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static inline vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+static inline vf splat(float x) { return (vf){} + x; }
+static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+
+static inline float sum_of(vf v) {  // always in this order
+    float s[LANES];
+    store(s, v);
+    for (int w = LANES / 2; w; w /= 2)
+        for (int i = 0; i < w; i++) s[i] += s[i + w];
+    return s[0];
+}
+static inline float max_of(vf v) {
+    float m[LANES];
+    store(m, v);
+    for (int w = LANES / 2; w; w /= 2)
+        for (int i = 0; i < w; i++) m[i] = m[i] > m[i + w] ? m[i] : m[i + w];
+    return m[0];
+}
+
+// 2^x, to 2 units in the last place, up to 2^127; 0 below 2^-126, NaN for NaN. The polynomial is that of exp2f in Cephes
+// (Moshier), for an |f| of at most 1/2.
+static inline vf exp2_of(vf x) {
+    vf bounded = choose(x > -126.0f, x, splat(-126.0f));
+    bounded = choose(bounded < 127.0f, bounded, splat(127.0f));
+    vf shifted = bounded + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    vf f = bounded - (shifted - 12582912.0f);
+    vi n = (vi)shifted << 23;
+    vf p = splat(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    return choose(x > -126.0f, (vf)((vi)p + n), choose(x == x, (vf){}, x));
+}
+
+static inline float from_bf16(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+static inline uint16_t to_bf16(float f) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(f != f ? 0x7fc0 : rounded);
+}
+static inline vf load_bf16(const uint16_t *p) {
+    vu16 h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+static inline void store_bf16(uint16_t *p, vf v) {
+    vu bits = (vu)v;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu nan = (vu)(v != v);
+    vu16 h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vu16);
+    memcpy(p, &h, sizeof h);
+}
+static inline vf load_f16(const _Float16 *p) {
+    vf16 h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, vf);
+}
+static inline void store_f16(_Float16 *p, vf v) {
+    vf16 h = __builtin_convertvector(v, vf16);
+    memcpy(p, &h, sizeof h);
+}
+static inline float from_f16(_Float16 h) { return (float)h; }
+static inline _Float16 to_f16(float f) { return (_Float16)f; }
+static inline float same(float f) { return f; }
