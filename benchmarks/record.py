@@ -1,0 +1,44 @@
+"""What every benchmark writes beside its samples: when, on what machine, with which versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def describe(benchmark: str) -> dict[str, Any]:
+    """Make it before the measuring starts: it holds the load that others put on the machine."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "system": platform.platform(),
+            "load_average_before": os.getloadavg()[0],
+        },
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    print(f"samples: {path}")
