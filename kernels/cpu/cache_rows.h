@@ -3,39 +3,55 @@
 #pragma once
 #include "products.h"
 
-// n values of a format that has one element each.
-static void widen_flat(int64_t format, const void *source, int64_t n, float *restrict out) {
+static const int64_t BITS[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [INT8] = 8, [FP8] = 8, [INT4] = 4};
+
+// LANES values of a format that has one element each, from element i on.
+static inline vf widen(int64_t format, const void *source, int64_t i) {
     switch (format) {
-    case FLOAT32: memcpy(out, source, (size_t)n * 4); return;
-    case BFLOAT16: {
-        const uint16_t *in = source;
-        for (int64_t i = 0; i < n; i++) out[i] = from_bf16(in[i]);
-        return;
-    }
-    case FLOAT16: {
-        const _Float16 *in = source;
-        for (int64_t i = 0; i < n; i++) out[i] = (float)in[i];
-        return;
-    }
-    case INT8: {
-        const int8_t *in = source;
-        for (int64_t i = 0; i < n; i++) out[i] = (float)in[i];
-        return;
-    }
-    case FP8: {  // the exponent and mantissa of e4m3 in a float's place are the value times 2^-120
-        const uint8_t *in = source;
-        for (int64_t i = 0; i < n; i++) {
-            uint32_t bits = (uint32_t)(in[i] & 0x80) << 24 | (uint32_t)(in[i] & 0x7f) << 20;
-            float f;
-            memcpy(&f, &bits, 4);
-            out[i] = f * 0x1p120f;
-        }
-        return;
-    }
+    case FLOAT32: return load((const float *)source + i);
+    case BFLOAT16: return load_bf16((const uint16_t *)source + i);
+    case FLOAT16: return load_f16((const _Float16 *)source + i);
+    case INT8: return load_i8((const int8_t *)source + i);
+    default: return load_e4m3((const uint8_t *)source + i);
     }
 }
 
-static const int64_t BITS[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [INT8] = 8, [FP8] = 8, [INT4] = 4};
+// The format is a constant in each call, so the choice is made once and not for every vector.
+static inline __attribute__((always_inline)) void widen_all(int64_t format, const void *source, int64_t n, float *restrict out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(out + i, widen(format, source, i));
+    if (i == n) return;
+    uint8_t rest[4 * LANES] = {}, bytes = (uint8_t)(BITS[format] / 8);
+    memcpy(rest, (const uint8_t *)source + i * bytes, (size_t)((n - i) * bytes));
+    float values[LANES];
+    store(values, widen(format, rest, 0));
+    memcpy(out + i, values, (size_t)(n - i) * 4);
+}
+
+// n values of a format that has one element each.
+static void widen_flat(int64_t format, const void *source, int64_t n, float *restrict out) {
+    switch (format) {
+    case FLOAT32: widen_all(FLOAT32, source, n, out); return;
+    case BFLOAT16: widen_all(BFLOAT16, source, n, out); return;
+    case FLOAT16: widen_all(FLOAT16, source, n, out); return;
+    case INT8: widen_all(INT8, source, n, out); return;
+    case FP8: widen_all(FP8, source, n, out); return;
+    }
+}
+
+// One row of d channels of int4.
+static void widen_halves(const uint8_t *source, int64_t d, float *restrict out) {
+    int64_t c = 0;
+    for (; c + LANES <= d / 2; c += LANES) {
+        store(out + c, load_nibbles(source + c, 0));
+        store(out + c + d / 2, load_nibbles(source + c, 4));
+    }
+    for (; c < d / 2; c++) {
+        out[c] = (float)((int)(source[c] & 15) - 8);
+        out[c + d / 2] = (float)((int)(source[c] >> 4) - 8);
+    }
+}
+
 
 // `count` stored rows of one KV head, one behind the other, into rows of `padded` floats.
 static void widen_rows(
@@ -49,11 +65,7 @@ static void widen_rows(
     }
     for (int64_t j = 0; j < count; j++, source += bytes, out += padded) {
         if (a->cache_format != INT4) widen_flat(a->cache_format, source, d, out);
-        else
-            for (int64_t c = 0; c < d / 2; c++) {
-                out[c] = (float)((int)(source[c] & 15) - 8);
-                out[c + d / 2] = (float)((int)(source[c] >> 4) - 8);
-            }
+        else widen_halves(source, d, out);
         memset(out + d, 0, (size_t)(padded - d) * 4);
     }
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -16,6 +17,8 @@ typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vu16 __attribute__((vector_size(2 * LANES)));
+typedef uint8_t vu8 __attribute__((vector_size(LANES)));
+typedef int8_t vi8 __attribute__((vector_size(LANES)));
 typedef _Float16 vf16 __attribute__((vector_size(2 * LANES)));
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, FP8 = 4, INT4 = 5 };
@@ -66,6 +69,27 @@ static inline vf exp2_of(vf x) {
     return choose(x > -126.0f, (vf)((vi)p + n), choose(x == x, (vf){}, x));
 }
 
+// LANES small integers as 32-bit ones. GCC takes the general form apart into many steps where one instruction will do.
+#if defined(__AVX512F__)
+static inline vu wide_u16(const uint16_t *p) { return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
+static inline vu wide_u8(const uint8_t *p) { return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
+static inline vi wide_i8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
+static inline vf to_float(vi x) { return (vf)_mm512_cvtepi32_ps((__m512i)x); }
+static inline vf load_f16(const _Float16 *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+#else
+#define WIDE(NAME, FROM, TO)                     \
+    static inline TO NAME(const void *p) {       \
+        FROM x;                                  \
+        memcpy(&x, p, sizeof x);                 \
+        return __builtin_convertvector(x, TO);   \
+    }
+WIDE(wide_u16, vu16, vu)
+WIDE(wide_u8, vu8, vu)
+WIDE(wide_i8, vi8, vi)
+WIDE(load_f16, vf16, vf)
+static inline vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+#endif
+
 static inline float from_bf16(uint16_t h) {
     uint32_t bits = (uint32_t)h << 16;
     float f;
@@ -78,11 +102,7 @@ static inline uint16_t to_bf16(float f) {  // to nearest, ties to even
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return (uint16_t)(f != f ? 0x7fc0 : rounded);
 }
-static inline vf load_bf16(const uint16_t *p) {
-    vu16 h;
-    memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-}
+static inline vf load_bf16(const uint16_t *p) { return (vf)(wide_u16(p) << 16); }
 static inline void store_bf16(uint16_t *p, vf v) {
     vu bits = (vu)v;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -90,15 +110,18 @@ static inline void store_bf16(uint16_t *p, vf v) {
     vu16 h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vu16);
     memcpy(p, &h, sizeof h);
 }
-static inline vf load_f16(const _Float16 *p) {
-    vf16 h;
-    memcpy(&h, p, sizeof h);
-    return __builtin_convertvector(h, vf);
-}
 static inline void store_f16(_Float16 *p, vf v) {
     vf16 h = __builtin_convertvector(v, vf16);
     memcpy(p, &h, sizeof h);
 }
+static inline vf load_i8(const int8_t *p) { return to_float(wide_i8(p)); }
+// The exponent and mantissa of e4m3 in the place of a float's are the value times 2^-120.
+static inline vf load_e4m3(const uint8_t *p) {
+    vu bits = wide_u8(p);
+    return (vf)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
+}
+// The lower (shift 0) or upper (4) halves of LANES bytes, minus 8.
+static inline vf load_nibbles(const uint8_t *p, int shift) { return to_float((vi)(wide_u8(p) >> shift & 15) - 8); }
 static inline float from_f16(_Float16 h) { return (float)h; }
 static inline _Float16 to_f16(float f) { return (_Float16)f; }
 static inline float same(float f) { return f; }
