@@ -8,7 +8,6 @@ Per shard, in bytes:
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
       logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copy, sampler's keys, masses and noise
       rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
-      gathered    = CPU only: K and V of one attention call, a stream per query head, and its mask
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
                     there are more shards; CPU: 256 MiB
 
@@ -31,7 +30,6 @@ from ..models.spec import ModelSpec
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CPU_GATHERED_TOKENS = 65536  # the CPU kernel's bound on keys gathered at once
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
 
 _MIB = 2**20
@@ -210,11 +208,7 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     if device_kind == "cuda":
         runtime = (1024 if shard_map.world_size == 1 else 1536) * _MIB
         return activations + logits + rotary + runtime
-    q_heads = max(len(shard.q_heads) for shard in shard_map.shards)
-    gathered_tokens = min(scheduler.max_num_seqs * longest, max(CPU_GATHERED_TOKENS, longest))
-    gathered = gathered_tokens * 2 * q_heads * spec.head_dim * dtype_bytes
-    mask = 2 * scheduler.max_num_batched_tokens * longest * dtype_bytes  # twice: rows padded to one length
-    return activations + logits + rotary + gathered + mask + 256 * _MIB
+    return activations + logits + rotary + 256 * _MIB
 
 
 def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:

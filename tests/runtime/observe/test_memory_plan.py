@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 
-from kvshard.kernels.cpu.plan import MAX_GATHERED_TOKENS
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.models.spec import ModelSpec, RotarySpec
 from kvshard.runtime.observe.memory_plan import (
-    CPU_GATHERED_TOKENS,
     MemoryPlan,
     choose_num_blocks,
     plan_memory,
@@ -111,10 +109,6 @@ def test_dtype(dtype: str, device: Any, resolved: str) -> None:
     assert resolve_dtype(dtype, device) == resolved
     result = plan(SMALL, make_config(dtype=dtype, cache={"num_blocks": 2}), None, device)
     assert (result.dtype, result.cache_dtype) == (resolved, resolved)
-
-
-def test_reserve_knows_the_cpu_kernels_bound() -> None:
-    assert CPU_GATHERED_TOKENS == MAX_GATHERED_TOKENS
 
 
 def test_the_rank_with_least_room_decides() -> None:
