@@ -89,6 +89,19 @@ def _capped(logits, cap_log2):
 
 
 @triton.jit
+def _block_ids(table_ptr, position, begin, end, BLOCK_SIZE: tl.constexpr):
+    """The cache blocks of these positions; nothing is read outside [begin, end)."""
+    inside = (position >= begin) & (position < end)
+    return tl.load(table_ptr + position.to(tl.uint32) // BLOCK_SIZE, mask=inside, other=0)
+
+
+@triton.jit
+def _slots(block, position, kv_head, num_kv_heads, BLOCK_SIZE: tl.constexpr):
+    """The cache rows of these positions, counted over the whole cache: these pass 2**31 times the row's width."""
+    return (block.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + position.to(tl.uint32) % BLOCK_SIZE
+
+
+@triton.jit
 def attention_kernel(
     q_ptr,
     k_cache_ptr,
@@ -144,8 +157,8 @@ def attention_kernel(
     WIDTH: tl.constexpr = HEAD_DIM // 2 if FORMAT == "int4" else HEAD_DIM
     # Powers of two that keep weight * scale of values clear of float16's subnormal numbers and of its largest; fp8
     # codes come 2**8 times too small, so both its scales grow by that.
-    KEY_UNIT: tl.constexpr = 256.0 if FORMAT == "fp8" else 1.0
-    OUT_UNIT: tl.constexpr = 64.0 if FORMAT == "int8" else 4.0 if FORMAT == "int4" else 1.0
+    KEY_UNIT: tl.constexpr = 256.0 if FORMAT == "fp8" else 0.0625 if FORMAT == "int4" else 1.0
+    OUT_UNIT: tl.constexpr = 64.0 if FORMAT == "int8" else 64.0 if FORMAT == "int4" else 1.0
     VALUE_UNIT: tl.constexpr = OUT_UNIT * KEY_UNIT
 
     channel = tl.arange(0, CHANNELS)
@@ -174,11 +187,18 @@ def attention_kernel(
     top = tl.full([TILE_ROWS], NEVER, tl.float32)
     if FORMAT == "int4":
         out_high = tl.zeros([TILE_ROWS, CHANNELS], tl.float32)
+    # What a trip needs first is on its way before: block ids two trips ahead, and scales, too narrow for asynchronous
+    # copies, one trip. Each is carried for one trip only, since the compiler pipelines no loop that just hands on.
     table_ptr = block_tables_ptr + row * table_stride
     offset = tl.arange(0, BLOCK_N)
     key_position = first_trip + offset
-    is_key = (key_position >= begin) & (key_position < end)
-    block = tl.load(table_ptr + key_position // BLOCK_SIZE, mask=is_key, other=0)
+    block = _block_ids(table_ptr, key_position, begin, end, BLOCK_SIZE)
+    slot = _slots(block, key_position, kv_head, num_kv_heads, BLOCK_SIZE)
+    block = _block_ids(table_ptr, key_position + BLOCK_N, begin, end, BLOCK_SIZE)
+    if FORMAT != "auto":
+        is_key = (key_position >= begin) & (key_position < end)
+        next_k_scale = tl.load(k_scale_ptr + slot, mask=is_key, other=0.0)
+        next_v_scale = tl.load(v_scale_ptr + slot, mask=is_key, other=0.0)
     for chunk in range(first_chunk, end_chunk):
         acc = tl.zeros([TILE_ROWS, CHANNELS], tl.float32)
         total = tl.zeros([TILE_ROWS], tl.float32)
@@ -190,22 +210,23 @@ def attention_kernel(
         ):
             key_position = start + offset
             is_key = (key_position >= begin) & (key_position < end)
-            slot = (block.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + key_position % BLOCK_SIZE
-            # The block ids of the next trip, on their way while this one computes.
-            next_position = key_position + BLOCK_N
-            block = tl.load(table_ptr + next_position // BLOCK_SIZE, mask=next_position < end, other=0)
             place = slot[:, None] * WIDTH + channel[None, :]
             is_code = is_key[:, None] & is_channel[None, :]
             k = tl.load(k_cache_ptr + place, mask=is_code, other=0)
             v = tl.load(v_cache_ptr + place, mask=is_code, other=0)
+            slot = _slots(block, key_position + BLOCK_N, kv_head, num_kv_heads, BLOCK_SIZE)
+            block = _block_ids(table_ptr, key_position + 2 * BLOCK_N, begin, end, BLOCK_SIZE)
             if FORMAT != "auto":
-                k_scale = tl.load(k_scale_ptr + slot, mask=is_key, other=0.0).to(tl.float32) * KEY_UNIT
-                v_scale = tl.load(v_scale_ptr + slot, mask=is_key, other=0.0).to(tl.float32) * VALUE_UNIT
+                k_scale = next_k_scale.to(tl.float32) * KEY_UNIT
+                v_scale = next_v_scale.to(tl.float32) * VALUE_UNIT
+                is_next = key_position + BLOCK_N < end
+                next_k_scale = tl.load(k_scale_ptr + slot, mask=is_next, other=0.0)
+                next_v_scale = tl.load(v_scale_ptr + slot, mask=is_next, other=0.0)
             if FORMAT == "int4":
-                k_high = decoded(k >> 4, FORMAT, q.dtype)
-                v_high = decoded(v >> 4, FORMAT, q.dtype)
-                k = k & 15
-                v = v & 15
+                k_high = decoded(k & 0xF0, FORMAT, q.dtype)
+                v_high = decoded(v & 0xF0, FORMAT, q.dtype)
+                k = k << 4
+                v = v << 4
             k = decoded(k, FORMAT, q.dtype)
             v = decoded(v, FORMAT, q.dtype)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -241,19 +262,19 @@ def attention_kernel(
 
     if partial >= 0:
         # One chunk: joining it to nothing has left its output and logsumexp as they were.
-        slot = (partial * num_kv_heads + kv_head) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-        tl.store(partial_lse_ptr + slot, top, mask=is_query)
-        place = partial_out_ptr + slot[:, None] * HEAD_DIM + channel[None, :]
-        tl.store(place, out, mask=is_q)
+        partial_row = (partial * num_kv_heads + kv_head) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        tl.store(partial_lse_ptr + partial_row, top, mask=is_query)
+        partial_ptr = partial_out_ptr + partial_row[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(partial_ptr, out, mask=is_q)
         if FORMAT == "int4":
-            tl.store(place + WIDTH, out_high, mask=is_q)
+            tl.store(partial_ptr + WIDTH, out_high, mask=is_q)
     else:
         factor = _finish(weight, top, token, head, is_query, sinks_ptr, lse_ptr, lse_stride)[:, None]
         dtype = out_ptr.dtype.element_ty
-        place = out_ptr + token[:, None] * out_stride + head[:, None] * HEAD_DIM + channel[None, :]
-        tl.store(place, (out * factor).to(dtype), mask=is_q)
+        row_ptr = out_ptr + token[:, None] * out_stride + head[:, None] * HEAD_DIM + channel[None, :]
+        tl.store(row_ptr, (out * factor).to(dtype), mask=is_q)
         if FORMAT == "int4":
-            tl.store(place + WIDTH, (out_high * factor).to(dtype), mask=is_q)
+            tl.store(row_ptr + WIDTH, (out_high * factor).to(dtype), mask=is_q)
 
 
 @triton.jit

@@ -75,10 +75,10 @@ def decoded(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     whose exponent is 8 too small; subnormal numbers too.
     """
     if FORMAT == "int4":
-        return (codes.to(tl.int8) - 8).to(DTYPE)
+        return (codes ^ 0x80).to(tl.int8, bitcast=True).to(DTYPE)
     elif FORMAT == "fp8":
         # The sign fills the upper 9 bits and moves to bits 14 and 15; the exponent keeps bit 15 only.
         bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
-        return bits.to(tl.float16, bitcast=True).to(DTYPE)
+        return bits.to(tl.float16, bitcast=True).to(tl.float32).to(DTYPE)
     else:
         return codes.to(DTYPE)

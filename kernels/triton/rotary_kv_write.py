@@ -150,12 +150,12 @@ def rotary_kv_write_kernel(
     angles_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * ROTARY_HALF)
 
     place = tl.arange(0, Q_HEADS)[:, None]
-    head = tl.program_id(1).to(tl.int64) * q_share + place
+    q_head = tl.program_id(1).to(tl.int64) * q_share + place
     _turn_queries(
         q_ptr + token * q_stride,
         q_head_stride,
-        head,
-        (place < q_share) & (head < num_q_heads),
+        q_head,
+        (place < q_share) & (q_head < num_q_heads),
         angles_ptr,
         q_norm_ptr,
         eps,
@@ -175,17 +175,17 @@ def rotary_kv_write_kernel(
         is_high = is_head & (lane < HEAD_DIM - half)
         row = ((slot // block_size) * num_kv_heads + head) * block_size + slot % block_size
 
-        heads_ptr = k_ptr + token * k_stride + head * k_head_stride
+        keys_ptr = k_ptr + token * k_stride + head * k_head_stride
         factor = 1.0
         if k_norm_ptr is not None:
-            factor = _norm_factor(heads_ptr, is_head, eps, HEAD_DIM, CHANNELS)
-        low = _turned(heads_ptr, lane, is_low, factor, k_norm_ptr, angles_ptr, ROTARY_HALF)
-        high = _turned(heads_ptr, lane + half, is_high, factor, k_norm_ptr, angles_ptr, ROTARY_HALF)
+            factor = _norm_factor(keys_ptr, is_head, eps, HEAD_DIM, CHANNELS)
+        low = _turned(keys_ptr, lane, is_low, factor, k_norm_ptr, angles_ptr, ROTARY_HALF)
+        high = _turned(keys_ptr, lane + half, is_high, factor, k_norm_ptr, angles_ptr, ROTARY_HALF)
         _store(low, high, k_cache_ptr, k_scale_ptr, row, is_head, HEAD_DIM, FORMAT, LANES)
 
-        heads_ptr = v_ptr + token * v_stride + head * v_head_stride
-        low = tl.load(heads_ptr + lane, mask=is_low, other=0.0).to(tl.float32)
-        high = tl.load(heads_ptr + lane + half, mask=is_high, other=0.0).to(tl.float32)
+        values_ptr = v_ptr + token * v_stride + head * v_head_stride
+        low = tl.load(values_ptr + lane, mask=is_low, other=0.0).to(tl.float32)
+        high = tl.load(values_ptr + lane + half, mask=is_high, other=0.0).to(tl.float32)
         _store(low, high, v_cache_ptr, v_scale_ptr, row, is_head, HEAD_DIM, FORMAT, LANES)
 
 
