@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 from kvshard.kernels.cache import CacheFormat
 from kvshard.kernels.tiles import ACTIVATION_BLOCK, attention_tiles, rotary_tile, row_tile
 from kvshard.kernels.triton.activation import gated_activation_kernel
-from kvshard.kernels.triton.attention_kernel import attention_kernel, combine_kernel
+from kvshard.kernels.triton.attention_kernel import attention_kernel
+from kvshard.kernels.triton.combine import combine_kernel
 from kvshard.kernels.triton.norm import add_rms_norm_kernel, rms_norm_kernel
 from kvshard.kernels.triton.rotary_kv_write import rotary_kv_write_kernel
 
