@@ -86,13 +86,10 @@ def ordered_keys(values: Tensor) -> Tensor:
 
 
 def weighted_histogram(logits: Tensor, weights: Tensor, prefix: Tensor, shift: int) -> Tensor:
-    """Entry by entry: its weight goes to the bin of its key's next byte, if the key begins with the prefix."""
-    histogram = torch.zeros(len(logits), 256, dtype=torch.int64)
-    for row, keys in enumerate(ordered_keys(logits).tolist()):
-        for key, weight in zip(keys, weights[row].tolist(), strict=True):
-            if key >> (shift + 8) == prefix[row]:
-                histogram[row, key >> shift & 255] += weight
-    return histogram
+    """The weight of each key that begins with the prefix goes to the bin of its next byte."""
+    keys = ordered_keys(logits)
+    weights = torch.where(keys >> (shift + 8) == prefix[:, None], weights, 0)
+    return torch.zeros(len(logits), 256, dtype=torch.int64).scatter_add(1, keys >> shift & 255, weights)
 
 
 def count_histogram(logits: Tensor, prefix: Tensor, shift: int) -> Tensor:

@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 256, RANGE = 16384, LANES = 4, BINS = 256, TABLES = 4 };
+enum { BLOCK = 256, LONG_BLOCK = 2048, RANGE = 16384, LANES = 4, BINS = 256, TABLES = 4 };
 
 #define NO_KEY INT32_MIN
 #define NAN_KEY INT32_MAX
@@ -35,8 +35,8 @@ static inline int32_t signed_key(float x) {
 
 /* The same, with one key for both zeros and the largest one for every NaN. */
 static inline int32_t rank_of(float x) {
-    int32_t key = signed_key(x + 0.0f);
-    return x == x ? key : NAN_KEY;
+    int32_t is_nan = -(x != x);
+    return (signed_key(x + 0.0f) & ~is_nan) | (NAN_KEY & is_nan);
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -121,8 +121,8 @@ static void noisy_block(const float *x, int n, int64_t column, uint64_t seed, in
 
 static Best best_of_scores(const float *scores, int64_t begin, int64_t end) {
     Best found = {-INFINITY, begin};
-    for (int64_t column = begin; column < end && found.best == found.best; column += BLOCK)
-        plain_block(scores + column, (int)smaller(BLOCK, end - column), column, &found);
+    for (int64_t column = begin; column < end && found.best == found.best; column += LONG_BLOCK)
+        plain_block(scores + column, (int)smaller(LONG_BLOCK, end - column), column, &found);
     return found;
 }
 
@@ -198,22 +198,18 @@ static inline float fixed_point_mass(float difference) {
 
 void sampling_mass(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *max_logits,
                    int64_t *mass, int threads) {
-    enum { SUMS = 16 };
     int64_t ranges = (columns + RANGE - 1) / RANGE;
     memset(mass, 0, sizeof *mass * (size_t)rows);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t task = 0; task < rows * ranges; task++) {
         int64_t row = task / ranges, begin = task % ranges * RANGE;
         int64_t end = smaller(begin + RANGE, columns), total = 0;
-        float max_logit = max_logits[row];
+        float max_logit = max_logits[row], masses[BLOCK];
         for (int64_t column = begin; column < end; column += BLOCK) {
             const float *x = logits + row * stride + column;
-            int n = (int)smaller(BLOCK, end - column), whole = n - n % SUMS;
-            double sums[SUMS] = {0}; /* integers below 2^53: exact in any order */
-            for (int i = 0; i < whole; i += SUMS)
-                for (int j = 0; j < SUMS; j++) sums[j] += (double)fixed_point_mass(x[i + j] - max_logit);
-            for (int i = whole; i < n; i++) sums[0] += (double)fixed_point_mass(x[i] - max_logit);
-            for (int j = 0; j < SUMS; j++) total += (int64_t)sums[j];
+            int n = (int)smaller(BLOCK, end - column);
+            for (int i = 0; i < n; i++) masses[i] = fixed_point_mass(x[i] - max_logit);
+            for (int i = 0; i < n; i++) total += (int64_t)masses[i];
         }
 #pragma omp atomic
         mass[row] += total;
@@ -251,12 +247,16 @@ static int chosen_entries(const float *logits, int n, const Round *r, uint8_t *b
         }
         if (num_taken == 0) return 0;
     }
+    for (int i = 0; i < n; i++) bytes[i] = (uint8_t)(keys[i] >> r->shift);
     /* Closed up without branches: which entries take part is not to be guessed. */
-    for (int i = 0; i < n; i++) {
-        bytes[m] = (uint8_t)(keys[i] >> r->shift);
-        x[m] = x[i];
-        m += taken[i];
-    }
+    if (num_taken < n)
+        for (int i = 0; i < n; i++) {
+            bytes[m] = bytes[i];
+            x[m] = x[i];
+            m += taken[i];
+        }
+    else
+        m = n;
     if (!r->counts)
         for (int i = 0; i < m; i++) weights[i] = fixed_point_mass(x[i] - r->max_logit);
     return m;

@@ -81,7 +81,7 @@ def philox(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Te
         counters, positions[:, None], (seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]
     )
     start = first_token - first_counter * _LANES
-    return words.view(len(seeds), -1)[:, start : start + count]
+    return words.flatten(1)[:, start : start + count]
 
 
 def _philox_4x32(counters: Tensor, positions: Tensor, key0: Tensor, key1: Tensor) -> Tensor:

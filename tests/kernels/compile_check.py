@@ -17,12 +17,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kvshard.kernels.tiles import ACTIVATION_BLOCK, attention_tiles, row_tile
+from kvshard.kernels.tiles import (
+    ACTIVATION_BLOCK,
+    SAMPLING_BLOCK,
+    SAMPLING_COLUMNS,
+    attention_tiles,
+    row_tile,
+)
 from kvshard.kernels.triton.activation import silu_mul_kernel
 from kvshard.kernels.triton.attention import attention_kernel, combine_kernel
 from kvshard.kernels.triton.kv_write import kv_write_kernel
 from kvshard.kernels.triton.norm import add_rms_norm_kernel, rms_norm_kernel
 from kvshard.kernels.triton.rotary import rotary_kernel
+from kvshard.kernels.triton.sampling import argmax_kernel, best_kernel, histogram_kernel, mass_kernel
 
 # Shared memory that one block may use, by compute capability (CUDA programming guide, table of technical limits).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -36,6 +43,10 @@ INDEX_POINTERS = {
 }
 FLOAT_POINTERS = {"partial_out_ptr", "partial_lse_ptr", "cos_sin_ptr"}
 LONG_POINTERS = {"positions_ptr", "slot_mapping_ptr"}
+# Of the sampler's kernels.
+FLOAT_POINTERS |= {"logits_ptr", "temperature_ptr", "cut_ptr", "max_logits_ptr", "best_ptr"}
+LONG_POINTERS |= {"seeds_ptr", "packed_ptr", "column_ptr", "mass_ptr", "prefix_ptr", "histogram_ptr"}
+BYTE_POINTERS = {"sampled_ptr"}
 FLOATS = {"eps", "scale_log2"}
 
 
@@ -67,6 +78,12 @@ def cases(bad: bool) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
             out.append((f"attention {name} {head_dim}", attention_kernel, constants, options))
     constants = {"HEAD_DIM": 256, "CHANNELS": 256, "GROUP": 4, "TILE_ROWS": 16}
     out.append(("combine 256", combine_kernel, constants, {"num_warps": 4}))
+    tile = {"BLOCK": SAMPLING_BLOCK, "COLUMNS": SAMPLING_COLUMNS}
+    for flag in (False, True):
+        out.append((f"argmax noise={flag}", argmax_kernel, {"NOISE": flag, **tile}, {"num_warps": 4}))
+        out.append((f"histogram mass={flag}", histogram_kernel, {"MASS": flag, **tile}, {"num_warps": 4}))
+    out.append(("best", best_kernel, {"RANGES": 32}, {"num_warps": 1}))
+    out.append(("mass", mass_kernel, tile, {"num_warps": 4}))
     return [case for case in out if case[0].startswith("attention prefill 256")] if bad else out
 
 
@@ -78,6 +95,8 @@ def argument_type(name: str) -> str:
         return "*fp32"
     if name in LONG_POINTERS:
         return "*i64"
+    if name in BYTE_POINTERS:
+        return "*i8"
     if name in FLOATS:
         return "fp32"
     return "*bf16" if name.endswith("_ptr") else "i32"
