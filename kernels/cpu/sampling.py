@@ -2,20 +2,20 @@
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..native import load_library
 from ..sampling_ops import BINS, Best
 from . import sampling_torch
+from .library import load
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
     """Compiled when first used; None without a compiler."""
-    library = load_library(Path(__file__).with_name("sampling.c"), openmp=True)
+    # A fused multiply-add here and not there would give a token another mass, depending on its column.
+    library = load("sampling.c", "-fopenmp", "-ffp-contract=off")
     if library is not None:
         pointer, size, int_ = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         rows = (pointer, size, size, size)  # logits, row stride, rows, columns
@@ -144,6 +144,6 @@ def gumbel(bits: Tensor) -> Tensor:
     library = _library()
     if library is None:
         return sampling_torch.gumbel(bits)
-    noise, bound = torch.empty(2, len(bits))
+    noise, bound = torch.empty(len(bits)), torch.empty(len(bits))
     library.sampling_gumbel(bits.data_ptr(), len(bits), noise.data_ptr(), bound.data_ptr())
     return noise
