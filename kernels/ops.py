@@ -8,7 +8,6 @@ function raises ValueError when a shape, dtype or device does not fit; the conte
 slots, block tables) are the caller's promise, since reading them would stop the device.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .cache import FORMAT_OF_DTYPE, SCALE_DTYPE, CacheFormat, KVLayer
+from .checks import check as _check
+from .checks import check_rows as _check_rows
 from .metadata import AttentionMetadata, HeadLayout
 
 __all__ = [
@@ -81,27 +82,6 @@ def _backend(device_type: str) -> Backend:
     if device_type not in _PACKAGES:
         raise ValueError(f"device: expected one of {', '.join(_PACKAGES)}, got {device_type}")
     return cast(Backend, import_module(_PACKAGES[device_type], __package__))
-
-
-def _check(name: str, tensor: Tensor, shape: Sequence[int | str], like: Tensor, dtype: torch.dtype) -> None:
-    """Refuses a tensor with another shape (a str stands for any size), dtype or device than expected."""
-    got = tensor.shape
-    fits = len(got) == len(shape)
-    if fits:
-        for size, wanted in zip(got, shape, strict=True):
-            if size != wanted and not isinstance(wanted, str):
-                fits = False
-    if not fits or tensor.dtype != dtype or tensor.device != like.device:
-        expected = f"[{', '.join(map(str, shape))}] {dtype} on {like.device}"
-        raise ValueError(
-            f"{name}: expected shape {expected}, got {list(got)} {tensor.dtype} on {tensor.device}"
-        )
-
-
-def _check_rows(name: str, tensor: Tensor) -> None:
-    """Refuses a tensor whose last dimension is strided: the kernels read rows of adjacent elements."""
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
-        raise ValueError(f"{name}: expected shape with adjacent last elements, got strides {tensor.stride()}")
 
 
 def _check_cache(cache: KVLayer, q: Tensor, num_kv_heads: int, block_size: int | str) -> None:

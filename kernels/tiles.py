@@ -98,3 +98,7 @@ def row_tile(columns: int) -> tuple[int, int]:
 
 # Columns per program of the activation kernel.
 ACTIVATION_BLOCK = 1024
+
+# Columns per loop trip and per program of the sampler's kernels.
+SAMPLING_BLOCK = 1024
+SAMPLING_COLUMNS = 4096

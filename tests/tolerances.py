@@ -66,6 +66,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ),
     ("logsumexp of float16", torch.float32): Tolerance(3e-6, 3e-6, "as with bfloat16"),
     ("attention", torch.float16): Tolerance(2e-3, 2e-3, "as with bfloat16, of three bits more"),
+    ("mass", torch.float64): Tolerance(
+        16.0,
+        2**-18,
+        "float32 exp of a difference down to -28, whose product with log2(e) is rounded at 2**-19; and entries may round "
+        "to the next integer, equal ones together",
+    ),
 }
 
 

@@ -6,7 +6,7 @@ Per shard, in bytes:
     KV        = num_blocks * block_size * 2 * layers * local KV heads * head_dim * cache dtype   (exact)
     reserve   = activations + logits + rotary tables + runtime                     (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
-      logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copy, sampler's keys, masses and noise
+      logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copies, room for sampling in torch
       rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
                     there are more shards; CPU: 256 MiB

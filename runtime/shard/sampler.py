@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...kernels import sampling_ops as ops
 from ...kernels.host import to_device
-from ...kernels.philox import gumbel_noise
 from ...parallel.group import Group
 from ..coordinator.plan import NO_TOKEN, Int32, SlotSampling
-from .radix_select import MASS_BITS, cut_at_weight, fixed_point_mass, ordered_keys
+from .radix_select import cut_at_weight, ordered_keys
 
 _MAX_VOCAB_SIZE = 1 << 22  # so that the mass of all tokens fits into an int64
 _ID_MASK = 0xFFFFFFFF
@@ -93,10 +93,12 @@ class Sampler:
         shape = (len(slots), len(self.vocab_rows))
         assert logits.shape == shape, f"logits of shape {tuple(logits.shape)}, expected {shape}"
         assert logits.dtype == torch.float32, f"logits of {logits.dtype}, expected float32"
-        scores = self._suppress(logits, slots, positions)
+        allowed = self._suppress(logits, slots, positions)
         if self._samples[slots].any():
-            scores = self._perturb(scores, slots, positions)
-        token_ids = self._argmax(scores)
+            best = self._perturbed_best(allowed, slots, positions)
+        else:
+            best = ops.row_argmax(allowed)
+        token_ids = self._winner(*best)
         if not self._logprobs[slots].any():
             return token_ids, None
         return token_ids, self._chosen_logprobs(logits, token_ids)
@@ -111,79 +113,74 @@ class Sampler:
         index = self._to_device(np.stack((rows, columns[rows, places])))
         return logits.index_put((index[0], index[1]), torch.full((), -math.inf, device=self.device))
 
-    def _perturb(self, logits: Tensor, slots: Int32, positions: Int64) -> Tensor:
-        """What the largest element of is the sample; in greedy rows, the logits."""
+    def _perturbed_best(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor]:
+        """This rank's largest score and its column: of the samples, and in greedy rows of the logits."""
         samples = self._samples[slots]
         seeds, places, top_k = self._to_device(
             np.stack((self._seed[slots].view(np.int64), positions, self._top_k[slots]))
         )
-        noise = gumbel_noise(seeds, places, self.vocab_rows)
         temperature, top_p, log_min_p, is_sampled = self._to_device(
             np.stack((self._temperature[slots], self._top_p[slots], self._log_min_p[slots], samples))
         )
-        logits = logits / temperature.float()[:, None]
-        if not samples.all():
-            noise.mul_(is_sampled.float()[:, None])
-        scores = noise.add_(logits)
-        cut = self._cut(logits, slots, log_min_p.float(), top_k, top_p)
-        # NaN is not below anything, so it stays and marks the row as broken.
-        return scores if cut is None else scores.masked_fill_(logits < cut[:, None], -math.inf)
+        temperature = temperature.float()
+        cut = self._cut(logits, slots, temperature, log_min_p.float(), top_k, top_p)
+        return ops.gumbel_argmax(
+            logits, temperature, cut, seeds, places, is_sampled.bool(), first_token=self.vocab_rows.start
+        )
 
     def _cut(
-        self, logits: Tensor, slots: Int32, log_min_p: Tensor, top_k: Tensor, top_p: Tensor
-    ) -> Tensor | None:
-        """[R] float32: logits below it are not sampled. None if no row of the batch limits anything."""
+        self,
+        logits: Tensor,
+        slots: Int32,
+        temperature: Tensor,
+        log_min_p: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+    ) -> Tensor:
+        """[R] float32: of logits / temperature, those below it are not sampled. Stages that no row needs are left out.
+
+        Cuts are found among the logits: the k-th largest quotient is the quotient of the k-th largest logit, and
+        likewise for top_p, as division by the temperature keeps the order (or makes ties, which are all kept).
+        """
         limits_k = self._top_k[slots] < self.vocab_size
         limits_p = self._top_p[slots] < 1.0
         limits_min_p = self._log_min_p[slots] > -math.inf
-        if not (limits_k | limits_p | limits_min_p).any():
-            return None
-        cut = torch.full_like(log_min_p, -math.inf)
-        pool = logits  # in rows with top_p: all that is above the cut
+        cut = torch.full_like(temperature, -math.inf)
         if limits_min_p.any() or limits_p.any():
-            max_logits = self._row_max(logits)
+            max_logits = self._row_max(logits) / temperature
         if limits_min_p.any():
             cut = max_logits + log_min_p
         if limits_k.any():
-            max_k = int(self._top_k[slots][limits_k].max())
-            best = logits.topk(min(max_k, len(self.vocab_rows)), sorted=False).values
-            if (limits_k | ~limits_p).all():
-                pool = best
-            ones = torch.ones_like(best, dtype=torch.int32)
-            top_k_cut = cut_at_weight(self.group, best, ones, top_k.clamp(max=max_k), "sampler.top_k")
-            cut = torch.maximum(cut, torch.where(top_k < self.vocab_size, top_k_cut, -math.inf))
+            top_k_cut = cut_at_weight(
+                self.group,
+                lambda prefix, shift: ops.count_histogram(logits, prefix, shift),
+                top_k < self.vocab_size,
+                lambda total: top_k,
+                "sampler.top_k",
+            )
+            cut = torch.maximum(cut, top_k_cut / temperature)
         if limits_p.any():
-            cut = torch.maximum(cut, self._top_p_cut(logits, pool, cut, max_logits, top_p))
+            kept = cut  # what min_p and top_k leave is what top_p is a share of
+            top_p_cut = cut_at_weight(
+                self.group,
+                lambda prefix, shift: ops.mass_histogram(
+                    logits, temperature, kept, max_logits, prefix, shift
+                ),
+                top_p < 1.0,
+                lambda total: torch.minimum((total * top_p).ceil().long(), total),
+                "sampler.top_p",
+            )
+            cut = torch.maximum(cut, top_p_cut / temperature)
         return cut
-
-    def _top_p_cut(
-        self, logits: Tensor, pool: Tensor, cut: Tensor, max_logits: Tensor, top_p: Tensor
-    ) -> Tensor:
-        """[R] the cut that leaves top_p of the mass at or above `cut`; -inf in rows with top_p = 1.
-
-        pool [R, P] has all logits above `cut`, but maybe only some of those equal to it. The others count for the
-        mass, and that is enough: if they are needed to reach top_p, then `cut` itself is the answer.
-        """
-        kept = pool.masked_fill(pool < cut[:, None], -math.inf)
-        mass = fixed_point_mass(kept, max_logits)
-        totals = mass.sum(1).expand(2, -1).clone()  # of the pool, of all that is kept
-        if pool is not logits:
-            num_ties = (logits == cut[:, None]).sum(1) - (pool == cut[:, None]).sum(1)
-            totals[1] += num_ties * fixed_point_mass(cut[:, None], max_logits)[:, 0]
-        in_pool, in_all = self.group.all_reduce(totals, "sampler.mass")
-        target = torch.minimum((in_all * top_p).ceil().long(), in_pool)
-        top_p_cut = cut_at_weight(self.group, kept, mass, target, "sampler.top_p")
-        return torch.where(top_p < 1.0, top_p_cut, -math.inf)
 
     def _row_max(self, logits: Tensor) -> Tensor:
         """[R] the largest logit over all ranks; NaN if there is one."""
-        return self.group.all_gather(logits.amax(1), "sampler.max").amax(0)
+        return self.group.all_gather(ops.row_argmax(logits)[0], "sampler.max").amax(0)
 
-    def _argmax(self, scores: Tensor) -> Tensor:
+    def _winner(self, best: Tensor, column: Tensor) -> Tensor:
         """[R] int64 the global ids of the largest scores over all ranks, or NO_TOKEN."""
-        best, column = scores.max(1)  # the first one of equals
-        # Above: the score's key, where NaN counts as infinity and -0.0 as 0.0. Below: the id, the lowest one largest.
-        keys = ordered_keys(torch.nan_to_num(best, nan=math.inf, posinf=math.inf, neginf=-math.inf) + 0.0)
+        # Above: the score's key, where NaN counts as infinity. Below: the id, the lowest one largest.
+        keys = ordered_keys(torch.nan_to_num(best, nan=math.inf, posinf=math.inf, neginf=-math.inf))
         packed = (keys.long() << 32) | (_ID_MASK - (column + self.vocab_rows.start))
         winner = self.group.all_gather(packed, "sampler.argmax").amax(0)
         key = winner >> 32
@@ -193,14 +190,14 @@ class Sampler:
     def _chosen_logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """[R] float32 log softmax of the logits at the tokens."""
         max_logits = self._row_max(logits)
-        mass = fixed_point_mass(logits, max_logits).sum(1)
+        mass = ops.row_mass(logits, max_logits)
         column = token_ids - self.vocab_rows.start
         is_ours = (column >= 0) & (column < len(self.vocab_rows))
         ours = logits.gather(1, column.clamp(0, len(self.vocab_rows) - 1)[:, None])[:, 0]
         bits = torch.where(is_ours, ours.view(torch.int32), 0).long()  # one rank has the token, others add 0
         mass, bits = self.group.all_reduce(torch.stack((mass, bits)), "sampler.logprobs")
         chosen = bits.int().view(torch.float32)
-        log_total = (mass.double() * 2.0**-MASS_BITS).log()
+        log_total = (mass.double() * 2.0**-ops.MASS_BITS).log()
         logprobs: Tensor = chosen.double() - max_logits.double() - log_total
         return logprobs.float()
 

@@ -1,12 +1,13 @@
 """Back ends under test and the cases they share. Without a CUDA device the Triton kernels run interpreted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import sampling_cases
 import torch
 
 from kvshard.kernels import reference
@@ -148,6 +149,32 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     from kvshard.kernels import triton
 
     return Backend("triton", triton, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["c", "torch", "triton"])
+def ops(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Each back end of the sampler's operations that can run here, called behind the door; tensors are made for it."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        from kvshard.kernels.triton import sampling
+    elif request.param == "torch":
+        from kvshard.kernels.cpu import sampling_torch as sampling
+    else:
+        from kvshard.kernels.cpu import sampling
+
+        if sampling._library() is None:
+            pytest.skip("no compiler here")
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        yield sampling
+
+
+@pytest.fixture
+def size(ops: ModuleType) -> Callable[[int], int]:
+    """Columns of a case: Triton's programs have smaller shares, and the interpreter is slow."""
+    return lambda columns: (
+        4101 if columns == sampling_cases.MANY and ops.__name__.endswith("triton.sampling") else columns
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvshard.kernels import sampling_ops
 from kvshard.kernels.metadata import AttentionMetadata
 from kvshard.parallel.group import Group
 from kvshard.runtime.coordinator.plan import OpenedSlot, SlotSampling, StepPlan
@@ -65,7 +66,8 @@ def test_laying_out_a_step(copies: list[bool]) -> None:
     assert all(copies)
 
 
-def test_sampling(copies: list[bool]) -> None:
+def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sampling_ops._MODULES, "meta", ".cpu.sampling_torch")
     sampler = Sampler(Group.single(META), range(100), 100, 4, META)
     sampler.open(0, sampling(stop_from=9))
     sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1))

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvshard.kernels.philox import gumbel_noise
+from kvshard.kernels.sampling_reference import gumbel_noise
 from kvshard.parallel.group import Group
-from kvshard.runtime.coordinator.plan import NO_TOKEN, SlotSampling
+from kvshard.runtime.coordinator.plan import NO_TOKEN, Int32, SlotSampling
 from kvshard.runtime.shard.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -36,11 +36,12 @@ def settings(**changes: Any) -> SlotSampling:
 
 
 class RecordingSampler(Sampler):
-    """Keeps the scores whose largest is chosen: -inf where a token was cut away."""
+    """Keeps which tokens were not cut away, [R, V] bool."""
 
-    def _argmax(self, scores: Tensor) -> Tensor:
-        self.scores = scores.clone()
-        return super()._argmax(scores)
+    def _cut(self, logits: Tensor, slots: Int32, temperature: Tensor, *limits: Tensor) -> Tensor:
+        cut = super()._cut(logits, slots, temperature, *limits)
+        self.kept = ~(logits / temperature[:, None] < cut[:, None])
+        return cut
 
 
 def sampler_of(vocab_size: int, *slots: SlotSampling) -> RecordingSampler:
@@ -102,9 +103,9 @@ def test_same_support_and_same_token_as_the_reference(vocab_size: int) -> None:
     for row, sampling in enumerate(slots):
         expected = reference_logits(logits[row], sampling)
         kept = expected > -math.inf
-        assert torch.equal(sampler.scores[row] > -math.inf, kept), sampling
+        assert torch.equal(sampler.kept[row], kept), sampling
         seed = torch.tensor([sampling.seed - (1 << 64)])
-        noise = gumbel_noise(seed, torch.tensor([row]), range(vocab_size))[0]
+        noise = gumbel_noise(seed, torch.tensor([row]), 0, vocab_size)[0]
         assert token_ids[row] == (expected + noise).argmax(), sampling
         num_cut += int((~kept).sum())
     assert vocab_size == 1 or num_cut > vocab_size, "the settings of this test cut nothing"
@@ -127,7 +128,7 @@ def test_ties_at_the_cut_are_all_kept(limits: dict[str, Any]) -> None:
         cut = next(
             value for value in range(4, -5, -1) if mass[logits[row] >= value].sum() >= 0.8 * mass.sum()
         )
-        assert torch.equal(sampler.scores[row] > -math.inf, kept & (logits[row] >= cut))
+        assert torch.equal(sampler.kept[row], kept & (logits[row] >= cut))
 
 
 def test_top_k_one_draws_from_all_the_best() -> None:

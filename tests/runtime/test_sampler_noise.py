@@ -1,4 +1,4 @@
-"""Philox4x32-10, the Gumbel noise made of it, and the radix select."""
+"""The definition of the noise (Philox4x32-10 and the Gumbel distribution), and the radix select."""
 
 import math
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvshard.kernels import philox
-from kvshard.kernels.philox import gumbel_noise, philox_4x32
+from kvshard.kernels import sampling_ops
+from kvshard.kernels.sampling_reference import gumbel, gumbel_noise, masses, philox_4x32
 from kvshard.parallel.group import Group
 from kvshard.runtime.shard.radix_select import cut_at_weight, ordered_keys, values_of_keys
 
@@ -40,9 +40,9 @@ def signed(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
-def noise(seed: int, position: int, tokens: range, sample_index: int = 0) -> Tensor:
+def noise(seed: int, position: int, tokens: range) -> Tensor:
     seeds, positions = torch.tensor([signed(seed)]), torch.tensor([position])
-    return gumbel_noise(seeds, positions, tokens, sample_index=sample_index)[0]
+    return gumbel_noise(seeds, positions, tokens.start, len(tokens))[0]
 
 
 def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
@@ -62,7 +62,7 @@ def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
     words = philox_4x32(
-        tuple(torch.tensor([word]) for word in counter),  # type: ignore[arg-type]
+        tuple(torch.tensor([word]) for word in counter),
         tuple(torch.tensor([word]) for word in key),  # type: ignore[arg-type]
     )
     assert tuple(int(word) for word in words) == expected
@@ -81,9 +81,9 @@ def test_counters_and_keys_broadcast() -> None:
 
 def test_noise_of_each_token_follows_the_definition() -> None:
     tokens = range(49150, 49159)
-    got = noise(SEED, POSITION, tokens, sample_index=3)
+    got = noise(SEED, POSITION, tokens)
     for value, token in zip(got.tolist(), tokens, strict=True):
-        words = philox_in_integers([token // 4, POSITION, 3, 0], [SEED & ALL_ONES, SEED >> 32])
+        words = philox_in_integers([token // 4, POSITION, 0, 0], [SEED & ALL_ONES, SEED >> 32])
         uniform = ((words[token % 4] >> 9) + 0.5) * 2**-23
         assert value == pytest.approx(-math.log(-math.log(uniform)), rel=1e-6, abs=1e-6)
 
@@ -96,28 +96,18 @@ def test_noise_does_not_depend_on_the_range_asked_for(start: int, count: int) ->
 
 
 @pytest.mark.parametrize(
-    ("seed", "position", "sample_index"),
-    [
-        (SEED ^ 1, POSITION, 0),
-        (SEED ^ 1 << 32, POSITION, 0),
-        (SEED ^ 1 << 63, POSITION, 0),
-        (SEED, POSITION + 1, 0),
-        (SEED, POSITION, 1),
-    ],
+    ("seed", "position"),
+    [(SEED ^ 1, POSITION), (SEED ^ 1 << 32, POSITION), (SEED ^ 1 << 63, POSITION), (SEED, POSITION + 1)],
 )
-def test_each_part_of_the_name_changes_all_noise(seed: int, position: int, sample_index: int) -> None:
+def test_each_part_of_the_name_changes_all_noise(seed: int, position: int) -> None:
     tokens = range(1000)
-    assert (
-        noise(seed, position, tokens, sample_index) != noise(SEED, POSITION, tokens)
-    ).float().mean() > 0.99
+    assert (noise(seed, position, tokens) != noise(SEED, POSITION, tokens)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize(("word", "uniform"), [(0, 2**-24), (ALL_ONES, 1 - 2**-24)])
-def test_noise_is_finite_at_both_ends(monkeypatch: pytest.MonkeyPatch, word: int, uniform: float) -> None:
+@pytest.mark.parametrize(("bits", "uniform"), [(0, 2**-24), (2**23 - 1, 1 - 2**-24)])
+def test_noise_is_finite_at_both_ends(bits: int, uniform: float) -> None:
     expected = -math.log(-math.log(uniform))  # -2.81 and 16.64
-    words = tuple(torch.full((1, 2), word) for _ in range(4))
-    monkeypatch.setattr(philox, "philox_4x32", lambda counter, key: words)
-    assert torch.allclose(noise(SEED, POSITION, range(8)), torch.full((8,), expected), rtol=1e-6)
+    assert gumbel(torch.tensor([bits])).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_noise_has_the_gumbel_distribution() -> None:
@@ -148,28 +138,65 @@ def brute_force_cut(values: Tensor, weights: Tensor, target: int) -> float:
     return next(cut for cut in candidates if int(weights[values >= cut].sum()) >= target)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_cut_at_weight_against_trying_all_values(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(3)
-    group = Group.single("cpu")
+def count_cut(values: Tensor, targets: Tensor, is_limited: Tensor | None = None) -> Tensor:
+    return cut_at_weight(
+        Group.single("cpu"),
+        lambda prefix, shift: sampling_ops.count_histogram(values, prefix, shift),
+        torch.ones(len(values), dtype=torch.bool) if is_limited is None else is_limited,
+        lambda total: targets,
+        "test",
+    )
+
+
+def spread_values() -> Tensor:
+    """[5, 60] of all magnitudes, with ties."""
     scale = torch.tensor([[1e-42], [1e-3], [1.0], [30.0], [1e38]])
-    values = torch.randn(5, 60, generator=generator) * scale
+    values = torch.randn(5, 60, generator=torch.Generator().manual_seed(3)) * scale
     values[:, :11] = torch.tensor(SPECIAL)
-    values[:, 20:40] = values[:, 40:]  # ties
-    most = 9 if dtype == torch.int32 else 1 << 40
-    weights = torch.randint(0, most, values.shape, generator=generator, dtype=dtype)
-    totals = weights.long().sum(1)
-    for share in (0.0, 0.01, 0.3, 0.5, 0.9, 1.0):
-        targets = (totals.double() * share).long().clamp(min=1)
-        cuts = cut_at_weight(group, values, weights, targets, "test")
-        for row, target in enumerate(targets.tolist()):
-            assert cuts[row].item() == brute_force_cut(values[row], weights[row], target)
+    values[:, 20:40] = values[:, 40:]
+    return values
+
+
+SHARES = (0.0, 0.01, 0.3, 0.5, 0.9, 1.0)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_cut_at_a_count_against_trying_all_values(share: float) -> None:
+    values = spread_values()
+    targets = torch.full((5,), max(int(60 * share), 1))
+    cuts = count_cut(values, targets)
+    for row, target in enumerate(targets.tolist()):
+        assert cuts[row].item() == brute_force_cut(values[row], torch.ones(60, dtype=torch.int64), target)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_cut_at_a_mass_against_trying_all_values(share: float) -> None:
+    """Of the entries at or above another cut; the share is worked out from their total."""
+    values = spread_values()[:, 1:10]  # without the infinities
+    max_logits = values.amax(1)
+    kept, ones = values.sort().values[:, 2].contiguous(), torch.ones(5)
+    weights = torch.where(values >= kept[:, None], masses(values, max_logits), 0)
+    cuts = cut_at_weight(
+        Group.single("cpu"),
+        lambda prefix, shift: sampling_ops.mass_histogram(values, ones, kept, max_logits, prefix, shift),
+        torch.ones(5, dtype=torch.bool),
+        lambda total: (total * share).long().clamp(min=1),
+        "test",
+    )
+    for row in range(5):
+        target = max(int(weights[row].sum().item() * share), 1)
+        assert cuts[row].item() == brute_force_cut(values[row], weights[row], target)
 
 
 def test_cut_at_weight_finds_every_rank_of_all_keys() -> None:
-    """Keys at both ends of the int32 range, where differences of keys wrap around."""
+    """Keys at both ends of their range."""
     values = torch.tensor([SPECIAL])
-    weights = torch.ones_like(values, dtype=torch.int32)
     for k in range(1, len(SPECIAL) + 1):
-        cut = cut_at_weight(Group.single("cpu"), values, weights, torch.tensor([k]), "test")
+        cut = count_cut(values, torch.tensor([k]))
         assert cut.view(torch.int32).item() == values[0, -k].view(torch.int32).item()
+
+
+def test_rows_without_a_limit_are_not_cut() -> None:
+    is_limited = torch.tensor([True, False, True, False, False])
+    cuts = count_cut(spread_values(), torch.full((5,), 7), is_limited)
+    assert torch.equal(cuts > -math.inf, is_limited)

@@ -1,0 +1,283 @@
+/* The sampler's operations on CPU; formulas, shapes and dtypes are in sampling_ops.py.
+
+   A row is cut into ranges of columns and threads take (row, range) pairs. What ranges find is put together as
+   integers, by sums or by the largest one, so neither the threads nor the ranges change a result. Inner loops go over
+   blocks of fixed length and are written so that compilers vectorise them without -ffast-math: no branches, no
+   floating-point sums, comparisons in integers where NaN must have its place. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "noise.h"
+
+enum { LONG_BLOCK = 2048, RANGE = 16384, BINS = 256, TABLES = 4 };
+
+#define NO_KEY INT32_MIN
+#define NAN_KEY INT32_MAX
+
+/* Signed keys in the order of the values. */
+static inline int32_t signed_key(float x) {
+    int32_t i = bits_of(x);
+    return i ^ ((i >> 31) & INT32_MAX);
+}
+
+/* The same, with one key for both zeros and the largest one for every NaN. */
+static inline int32_t rank_of(float x) {
+    int32_t is_nan = -(x != x);
+    return (signed_key(x + 0.0f) & ~is_nan) | (NAN_KEY & is_nan);
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---------------------------------------------------------------------------------------------- largest score */
+
+typedef struct {
+    float best; /* -inf, or NaN: the search is over */
+    int64_t column;
+} Best;
+
+static void plain_block(const float *x, int n, int64_t column, Best *found) {
+    int32_t largest = NO_KEY;
+    for (int i = 0; i < n; i++) {
+        int32_t rank = rank_of(x[i]);
+        largest = rank > largest ? rank : largest;
+    }
+    if (largest <= rank_of(found->best)) return;
+    int i = 0;
+    while (rank_of(x[i]) != largest) i++;
+    *found = (Best){x[i], column + i};
+}
+
+/* Most scores cannot win, which a bound tells for much less than the noise costs: first of x alone, then of x and
+   the random bits. What is left is worked out in order, so the outcome is that of working out all. */
+static void noisy_block(const float *x, int n, int64_t column, uint64_t seed, int64_t token, uint32_t position,
+                        Best *found) {
+    uint32_t words[BLOCK];
+    float bound[BLOCK];
+    int promising = 0;
+    for (int i = 0; i < n; i++) promising |= !(x[i] + LARGEST_NOISE <= found->best);
+    if (!promising) return;
+    philox_block(seed, (uint32_t)(token / LANES), position, words);
+    const uint32_t *word = words + token % LANES;
+    promising = 0;
+    for (int i = 0; i < n; i++) {
+        bound[i] = x[i] + gumbel_bound(word[i] >> 9);
+        promising |= !(bound[i] <= found->best);
+    }
+    if (!promising) return;
+    for (int i = 0; i < n; i++) {
+        if (bound[i] <= found->best) continue;
+        float score = x[i] + gumbel(word[i] >> 9);
+        if (!(score <= found->best)) *found = (Best){score, column + i};
+        if (score != score) return;
+    }
+}
+
+static Best best_of_scores(const float *scores, int64_t begin, int64_t end) {
+    Best found = {-INFINITY, begin};
+    for (int64_t column = begin; column < end && found.best == found.best; column += LONG_BLOCK)
+        plain_block(scores + column, (int)smaller(LONG_BLOCK, end - column), column, &found);
+    return found;
+}
+
+static Best best_of_logits(const float *logits, int64_t begin, int64_t end, float temperature, float cut, int sampled,
+                           uint64_t seed, uint32_t position, int64_t first_token) {
+    float x[BLOCK];
+    Best found = {-INFINITY, begin};
+    int n;
+    for (int64_t column = begin; column < end && found.best == found.best; column += n) {
+        int64_t token = first_token + column;
+        /* Blocks begin at whole counters, but for the first one of a rank whose tokens do not. */
+        n = (int)smaller(BLOCK - token % LANES, end - column);
+        for (int i = 0; i < n; i++) {
+            float scaled = logits[column + i] / temperature;
+            x[i] = scaled < cut ? -INFINITY : scaled;
+        }
+        if (sampled)
+            noisy_block(x, n, column, seed, token, position, &found);
+        else
+            plain_block(x, n, column, &found);
+    }
+    return found;
+}
+
+/* sampled == NULL: row_argmax; the other vectors are not read then. */
+void sampling_argmax(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *temperature,
+                     const float *cut, const int64_t *seeds, const int64_t *positions, const uint8_t *sampled,
+                     int64_t first_token, float *best, int64_t *column, int threads) {
+    int64_t ranges = (columns + RANGE - 1) / RANGE;
+    for (int64_t row = 0; row < rows; row++) column[row] = INT64_MIN;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t task = 0; task < rows * ranges; task++) {
+        int64_t row = task / ranges, begin = task % ranges * RANGE;
+        int64_t end = smaller(begin + RANGE, columns);
+        const float *x = logits + row * stride;
+        Best found = sampled ? best_of_logits(x, begin, end, temperature[row], cut[row], sampled[row],
+                                              (uint64_t)seeds[row], (uint32_t)positions[row], first_token)
+                             : best_of_scores(x, begin, end);
+        /* The score above, the column below, the lowest one largest. */
+        int64_t packed = (int64_t)rank_of(found.best) * (1LL << 32) + (UINT32_MAX - found.column);
+#pragma omp critical(kvshard_sampling_argmax)
+        column[row] = packed > column[row] ? packed : column[row];
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        int32_t key = (int32_t)(column[row] >> 32);
+        best[row] = float_of(key ^ ((key >> 31) & INT32_MAX));
+        column[row] = UINT32_MAX - (column[row] & UINT32_MAX);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- mass */
+
+/* exp(difference) * 2^40, rounded to an integer: exp(d) = 2^n exp(r) with |r| <= log(2) / 2 and Taylor's series, whose
+   next term is below 2^-27. Nothing but sums and products, so that each processor and each vector length give the same
+   bits. Differences are clamped to where the result is 0 and to 0; NaN becomes 0 mass. */
+static inline float fixed_point_mass(float difference) {
+    float d = difference > -60.0f ? difference : -60.0f;
+    d = d < 0.0f ? d : 0.0f;
+    float n = (d * 1.44269504f + 0x1.8p23f) - 0x1.8p23f; /* to the nearest integer */
+    float r = (d - n * 0x1.62ep-1f) - n * 0x1.0bfbe8p-15f; /* log(2) in two parts, the first times n is exact */
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    float mass = p * float_of(((int32_t)n + 40 + 127) * (1 << 23));
+    /* From 2^23 on a float is an integer. */
+    return mass < 0x1p23f ? (mass + 0x1p23f) - 0x1p23f : mass;
+}
+
+void sampling_mass(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *max_logits,
+                   int64_t *mass, int threads) {
+    int64_t ranges = (columns + RANGE - 1) / RANGE;
+    memset(mass, 0, sizeof *mass * (size_t)rows);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t task = 0; task < rows * ranges; task++) {
+        int64_t row = task / ranges, begin = task % ranges * RANGE;
+        int64_t end = smaller(begin + RANGE, columns), total = 0;
+        float max_logit = max_logits[row], masses[BLOCK];
+        for (int64_t column = begin; column < end; column += BLOCK) {
+            const float *x = logits + row * stride + column;
+            int n = (int)smaller(BLOCK, end - column);
+            for (int i = 0; i < n; i++) masses[i] = fixed_point_mass(x[i] - max_logit);
+            for (int i = 0; i < n; i++) total += (int64_t)masses[i];
+        }
+#pragma omp atomic
+        mass[row] += total;
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- radix select */
+
+typedef struct {
+    float temperature, cut, max_logit;
+    int counts; /* every entry weighs 1 and the others are not read */
+    int64_t prefix;
+    int shift;
+} Round;
+
+/* A byte and a weight for each entry that takes part; returns how many do. */
+static int chosen_entries(const float *logits, int n, const Round *r, uint8_t *bytes, float *weights) {
+    uint32_t keys[BLOCK];
+    float x[BLOCK];
+    int32_t taken[BLOCK], first = r->shift == 24, num_taken = 0, m = 0;
+    uint32_t prefix = (uint32_t)r->prefix, above = first ? 0 : (uint32_t)r->shift + 8;
+    for (int i = 0; i < n; i++) {
+        keys[i] = (uint32_t)signed_key(logits[i]) ^ 0x80000000u;
+        taken[i] = first | (keys[i] >> above == prefix);
+        num_taken += taken[i];
+        x[i] = logits[i];
+    }
+    if (num_taken == 0) return 0;
+    if (!r->counts) {
+        num_taken = 0;
+        for (int i = 0; i < n; i++) {
+            x[i] = x[i] / r->temperature;
+            taken[i] &= x[i] >= r->cut;
+            num_taken += taken[i];
+        }
+        if (num_taken == 0) return 0;
+    }
+    for (int i = 0; i < n; i++) bytes[i] = (uint8_t)(keys[i] >> r->shift);
+    /* Closed up without branches: which entries take part is not to be guessed. */
+    if (num_taken < n)
+        for (int i = 0; i < n; i++) {
+            bytes[m] = bytes[i];
+            x[m] = x[i];
+            m += taken[i];
+        }
+    else
+        m = n;
+    if (!r->counts)
+        for (int i = 0; i < m; i++) weights[i] = fixed_point_mass(x[i] - r->max_logit);
+    return m;
+}
+
+static void histogram_of_range(const float *logits, int64_t columns, const Round *r, int64_t *histogram) {
+    /* Several tables, so that entries of one bin need not wait for each other. */
+    int64_t tables[TABLES][BINS] = {{0}};
+    uint8_t bytes[BLOCK];
+    float weights[BLOCK];
+    for (int64_t column = 0; column < columns; column += BLOCK) {
+        int m = chosen_entries(logits + column, (int)smaller(BLOCK, columns - column), r, bytes, weights);
+        if (r->counts)
+            for (int i = 0; i < m; i++) tables[i % TABLES][bytes[i]]++;
+        else
+            for (int i = 0; i < m; i++) tables[i % TABLES][bytes[i]] += (int64_t)weights[i];
+    }
+    for (int bin = 0; bin < BINS; bin++) {
+        int64_t sum = 0;
+        for (int table = 0; table < TABLES; table++) sum += tables[table][bin];
+        if (sum == 0) continue;
+#pragma omp atomic
+        histogram[bin] += sum;
+    }
+}
+
+/* temperature == NULL: count_histogram; cut and max_logits are not read then. */
+void sampling_histogram(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *temperature,
+                        const float *cut, const float *max_logits, const int64_t *prefix, int shift,
+                        int64_t *histogram, int threads) {
+    int64_t ranges = (columns + RANGE - 1) / RANGE;
+    memset(histogram, 0, sizeof *histogram * BINS * (size_t)rows);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int64_t task = 0; task < rows * ranges; task++) {
+        int64_t row = task / ranges, begin = task % ranges * RANGE;
+        if (prefix[row] < 0 || prefix[row] >> (24 - shift)) continue; /* no key begins like this */
+        Round round = {1.0f, 0.0f, 0.0f, temperature == NULL, prefix[row], shift};
+        if (temperature != NULL) {
+            round.temperature = temperature[row];
+            round.cut = cut[row];
+            round.max_logit = max_logits[row];
+        }
+        histogram_of_range(logits + row * stride + begin, smaller(RANGE, columns - begin), &round,
+                           histogram + row * BINS);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------- for tests */
+
+void sampling_philox(const int64_t *seeds, const int64_t *positions, int64_t rows, int64_t first_token, int64_t count,
+                     int64_t *out) {
+    uint32_t words[BLOCK];
+    for (int64_t row = 0; row < rows; row++) {
+        int n;
+        for (int64_t i = 0; i < count; i += n) {
+            int64_t token = first_token + i;
+            n = (int)smaller(BLOCK - token % LANES, count - i);
+            philox_block((uint64_t)seeds[row], (uint32_t)(token / LANES), (uint32_t)positions[row], words);
+            for (int j = 0; j < n; j++) out[row * count + i + j] = words[token % LANES + j];
+        }
+    }
+}
+
+void sampling_gumbel(const int64_t *bits, int64_t count, float *noise, float *bound) {
+    for (int64_t i = 0; i < count; i++) {
+        noise[i] = gumbel((uint32_t)bits[i]);
+        bound[i] = gumbel_bound((uint32_t)bits[i]);
+    }
+}

@@ -1,0 +1,149 @@
+"""The sampler's operations on CPU: C where there is a compiler, else torch. See `sampling_ops`."""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..sampling_ops import BINS, Best
+from . import sampling_torch
+from .library import load
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Compiled when first used; None without a compiler."""
+    # A fused multiply-add here and not there would give a token another mass, depending on its column.
+    library = load("sampling.c", "-fopenmp", "-ffp-contract=off")
+    if library is not None:
+        pointer, size, int_ = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        rows = (pointer, size, size, size)  # logits, row stride, rows, columns
+        for name, arguments in {
+            "sampling_argmax": (*rows, *[pointer] * 5, size, pointer, pointer, int_),
+            "sampling_mass": (*rows, pointer, pointer, int_),
+            "sampling_histogram": (*rows, *[pointer] * 4, int_, pointer, int_),
+            "sampling_philox": (pointer, pointer, size, size, size, pointer),
+            "sampling_gumbel": (pointer, size, pointer, pointer),
+        }.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _rows(logits: Tensor) -> tuple[int, int, int, int]:
+    return logits.data_ptr(), logits.stride(0), logits.shape[0], logits.shape[1]
+
+
+def row_argmax(scores: Tensor) -> Best:
+    """See `sampling_ops.row_argmax`."""
+    library = _library()
+    if library is None:
+        return sampling_torch.row_argmax(scores)
+    best, column = scores.new_empty(len(scores)), scores.new_empty(len(scores), dtype=torch.int64)
+    vectors = (None,) * 5
+    library.sampling_argmax(
+        *_rows(scores), *vectors, 0, best.data_ptr(), column.data_ptr(), torch.get_num_threads()
+    )
+    return best, column
+
+
+def gumbel_argmax(
+    logits: Tensor,
+    temperature: Tensor,
+    cut: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    sampled: Tensor,
+    first_token: int,
+) -> Best:
+    """See `sampling_ops.gumbel_argmax`."""
+    library = _library()
+    if library is None:
+        return sampling_torch.gumbel_argmax(logits, temperature, cut, seeds, positions, sampled, first_token)
+    best, column = torch.empty_like(cut), torch.empty_like(seeds)
+    library.sampling_argmax(
+        *_rows(logits),
+        temperature.data_ptr(),
+        cut.data_ptr(),
+        seeds.data_ptr(),
+        positions.data_ptr(),
+        sampled.data_ptr(),
+        first_token,
+        best.data_ptr(),
+        column.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return best, column
+
+
+def row_mass(logits: Tensor, max_logits: Tensor) -> Tensor:
+    """See `sampling_ops.row_mass`."""
+    library = _library()
+    if library is None:
+        return sampling_torch.row_mass(logits, max_logits)
+    mass = torch.empty_like(max_logits, dtype=torch.int64)
+    library.sampling_mass(*_rows(logits), max_logits.data_ptr(), mass.data_ptr(), torch.get_num_threads())
+    return mass
+
+
+def count_histogram(logits: Tensor, prefix: Tensor, shift: int) -> Tensor:
+    """See `sampling_ops.count_histogram`."""
+    library = _library()
+    if library is None:
+        return sampling_torch.count_histogram(logits, prefix, shift)
+    histogram = prefix.new_empty(len(prefix), BINS)
+    library.sampling_histogram(
+        *_rows(logits),
+        None,
+        None,
+        None,
+        prefix.data_ptr(),
+        shift,
+        histogram.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return histogram
+
+
+def mass_histogram(
+    logits: Tensor, temperature: Tensor, cut: Tensor, max_logits: Tensor, prefix: Tensor, shift: int
+) -> Tensor:
+    """See `sampling_ops.mass_histogram`."""
+    library = _library()
+    if library is None:
+        return sampling_torch.mass_histogram(logits, temperature, cut, max_logits, prefix, shift)
+    histogram = prefix.new_empty(len(prefix), BINS)
+    library.sampling_histogram(
+        *_rows(logits),
+        temperature.data_ptr(),
+        cut.data_ptr(),
+        max_logits.data_ptr(),
+        prefix.data_ptr(),
+        shift,
+        histogram.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return histogram
+
+
+def philox(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Tensor:
+    """The words of the noise, [R, count] int64 in 0..2^32-1; for tests."""
+    library = _library()
+    if library is None:
+        return sampling_torch.philox(seeds, positions, first_token, count)
+    words = seeds.new_empty(len(seeds), count)
+    library.sampling_philox(
+        seeds.data_ptr(), positions.data_ptr(), len(seeds), first_token, count, words.data_ptr()
+    )
+    return words
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """The noise that bits [N] int64 in 0..2^23-1 make, float32; for tests."""
+    library = _library()
+    if library is None:
+        return sampling_torch.gumbel(bits)
+    noise, bound = torch.empty(len(bits)), torch.empty(len(bits))
+    library.sampling_gumbel(bits.data_ptr(), len(bits), noise.data_ptr(), bound.data_ptr())
+    return noise

@@ -1,0 +1,248 @@
+"""The sampler's noise and largest scores in each back end against their definitions, and the door."""
+
+import math
+
+import pytest
+import torch
+from sampling_cases import (
+    MANY,
+    POSITIONS,
+    SEEDS,
+    SHAPES,
+    everything,
+    gumbel_arguments,
+    in_reference,
+    mass_arguments,
+    random_logits,
+    same,
+    there,
+)
+
+from kvshard.kernels import sampling_ops
+from kvshard.kernels.cpu import sampling as cpu_sampling
+from kvshard.kernels.cpu import sampling_torch
+
+ALL_BITS = 1 << 23
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+@pytest.mark.parametrize("first_token", [0, 1, 6, 49151, (1 << 34) - 600], ids=str)
+@pytest.mark.parametrize("count", [1, 3, 600])
+def test_random_words_are_bit_equal(ops, first_token, count):
+    got = ops.philox(there(SEEDS), there(POSITIONS), first_token, count)
+    assert torch.equal(got.cpu(), in_reference("philox", SEEDS, POSITIONS, first_token, count))
+
+
+@pytest.mark.parametrize(
+    ("seed", "position", "first_token"), [(1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 4)], ids=str
+)
+def test_random_words_of_another_name_differ(ops, seed, position, first_token):
+    got = ops.philox(there(SEEDS ^ seed), there(POSITIONS ^ position), first_token, 200)
+    assert (got.cpu() != in_reference("philox", SEEDS, POSITIONS, 0, 200)).float().mean() > 0.99
+
+
+def units_apart(got, exact):
+    """How many units in the last place of the exact value, given in float64, lie between."""
+    size = exact.abs().float()
+    unit = torch.nextafter(size, torch.tensor(math.inf, device="cpu")).double() - size.double()
+    return ((got.cpu().double() - exact).abs() / unit).max()
+
+
+def some_bits():
+    """Both ends, the neighbours of u = 1/e, where the noise passes zero, and some more."""
+    middle = int(ALL_BITS / math.e)
+    generator = torch.Generator().manual_seed(1)
+    random = torch.randint(0, ALL_BITS, (2000,), generator=generator, device="cpu")
+    ends = torch.arange(500, device="cpu")
+    return torch.cat((ends, ALL_BITS - 1 - ends, middle - 500 + torch.arange(1000, device="cpu"), random))
+
+
+def test_noise_is_within_two_units_in_the_last_place(ops):
+    bits = torch.arange(ALL_BITS, device="cpu") if ops is cpu_sampling else some_bits()
+    uniform = (bits.double() + 0.5) / ALL_BITS
+    exact = -torch.log(-torch.log(uniform))
+    assert units_apart(ops.gumbel(there(bits)), exact) <= 2
+    assert units_apart(ops.gumbel(there(bits[:500] ^ 1)), exact[:500]) > 2
+
+
+def test_the_bound_that_spares_noise_holds_for_all_bits():
+    library = cpu_sampling._library()
+    if library is None:
+        pytest.skip("no compiler here")
+    bits = torch.arange(ALL_BITS)
+    noise, bound = torch.empty(2, ALL_BITS)
+    library.sampling_gumbel(bits.data_ptr(), ALL_BITS, noise.data_ptr(), bound.data_ptr())
+    assert (bound > noise).all()
+    assert noise.max() < 16.6356, "the bound of all noise, LARGEST_NOISE"
+    assert (bound - noise)[ALL_BITS // 2 :].max() < 0.5, "a bound that is no use"
+
+
+# ------------------------------------------------------------------------------------------------ largest score
+
+
+@SHAPES
+def test_row_argmax(ops, size, rows, columns):
+    scores = random_logits(rows, size(columns))
+    assert same(ops.row_argmax(scores), in_reference("row_argmax", scores))
+
+
+SPECIAL = [
+    ([1.0, 3.0, 3.0, 2.0], 3.0, 1),
+    ([-0.0, 0.0, -1.0], 0.0, 0),
+    ([-1.0, 0.0, -0.0], 0.0, 1),
+    ([-math.inf, -math.inf], -math.inf, 0),
+    ([-math.inf, math.inf, math.inf], math.inf, 1),
+    ([-5.0, -3.0, -4.0], -3.0, 1),
+    ([1.0, math.inf, math.nan, math.nan], math.nan, 2),
+    ([1.0, -math.nan, math.inf], math.nan, 1),
+]
+
+
+@pytest.mark.parametrize("place", [0, 5000])
+def test_row_argmax_of_ties_zeros_and_what_is_not_finite(ops, place):
+    """The values stand together, or far behind others that are smaller."""
+    scores = torch.full((len(SPECIAL), 5000 + 4), -math.inf)
+    for row, (values, _, _) in enumerate(SPECIAL):
+        scores[row, place : place + len(values)] = torch.tensor(values)
+    best, column = ops.row_argmax(scores)
+    for row, (_, value, where) in enumerate(SPECIAL):
+        assert best[row].item() == value or (math.isnan(value) and best[row].isnan())
+        assert math.copysign(1, best[row].item()) == 1 or value < 0 or math.isnan(value)
+        assert column[row].item() == (0 if value == -math.inf else where + place)
+
+
+def gumbel_reference(arguments):
+    arguments = dict(arguments)
+    return in_reference("gumbel_argmax", *list(arguments.values())[:-1], first_token=arguments["first_token"])
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1003, MANY])
+@pytest.mark.parametrize("first_token", [0, 6, 49151, (1 << 34) - 20000], ids=str)
+def test_gumbel_argmax(ops, size, columns, first_token):
+    arguments = gumbel_arguments(size(columns), first_token)
+    assert same(ops.gumbel_argmax(*arguments.values()), gumbel_reference(arguments))
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 30.0])
+def test_gumbel_argmax_of_many_rows_of_few_columns(ops, spread):
+    """The winner's noise is small here, which no bound may overlook."""
+    rows = 24 if ops.__name__.endswith("triton.sampling") else 5000
+    arguments = gumbel_arguments(1)
+    arguments["logits"] = random_logits(rows, 3) * spread
+    for name in ("temperature", "cut", "seeds", "positions", "sampled"):
+        arguments[name] = arguments[name][:1].repeat(rows)
+    arguments["positions"] = torch.arange(rows)
+    assert same(ops.gumbel_argmax(*arguments.values()), gumbel_reference(arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logits", lambda x: x.roll(1, 1)),
+        ("temperature", lambda x: x * 1.3),
+        ("cut", lambda x: x + 9),
+        ("seeds", lambda x: x ^ 1 << 40),
+        ("positions", lambda x: x ^ 1),
+        ("sampled", lambda x: ~x),
+        ("first_token", lambda x: x + 1),
+    ],
+)
+def test_gumbel_argmax_wrong_input_fails(ops, name, change):
+    arguments = gumbel_arguments(1003)
+    expected = gumbel_reference(arguments)
+    arguments[name] = change(arguments[name])
+    assert not same(ops.gumbel_argmax(*arguments.values()), expected)
+
+
+def test_gumbel_argmax_of_broken_rows(ops):
+    """NaN and infinity win, of several NaNs the first one; a row below its cut has no score; others do not notice."""
+    arguments = gumbel_arguments(1003)
+    expected = gumbel_reference(arguments)
+    logits = arguments["logits"].clone()
+    logits[0, [300, 900]], logits[0, 200] = math.nan, math.inf
+    logits[1, 700] = math.inf
+    arguments["logits"], arguments["cut"] = logits, arguments["cut"].clone()
+    arguments["cut"][2] = 100.0
+    best, column = ops.gumbel_argmax(*arguments.values())
+    assert best[0].isnan()
+    assert best[1:3].tolist() == [math.inf, -math.inf]
+    assert column[:3].tolist() == [300, 700, 0]
+    assert same((best[3:], column[3:]), (expected[0][3:], expected[1][3:]))
+
+
+# ------------------------------------------------------------------------------------------------ the door
+
+
+def test_without_a_compiler_the_cpu_back_end_is_torch(monkeypatch):
+    arguments = gumbel_arguments(1003)
+    expected = everything(sampling_torch, arguments["logits"], 0, 1003, arguments)
+    monkeypatch.setattr(cpu_sampling, "_library", lambda: None)
+    assert same(everything(cpu_sampling, arguments["logits"], 0, 1003, arguments), expected)
+
+
+def test_cpu_tensors_go_to_the_cpu_back_end():
+    arguments = gumbel_arguments(1003)
+    first_token = arguments.pop("first_token")
+    got = sampling_ops.gumbel_argmax(*arguments.values(), first_token=first_token)
+    assert same(got, cpu_sampling.gumbel_argmax(*arguments.values(), first_token))
+    masses = mass_arguments(1003, 8)
+    logits, prefix = masses["logits"], masses["prefix"]
+    assert same(sampling_ops.row_argmax(logits), cpu_sampling.row_argmax(logits))
+    pairs = [
+        (
+            sampling_ops.row_mass(logits, logits.amax(1)),
+            cpu_sampling.row_mass(logits, logits.amax(1)),
+        ),
+        (sampling_ops.count_histogram(logits, prefix, 8), cpu_sampling.count_histogram(logits, prefix, 8)),
+        (sampling_ops.mass_histogram(*masses.values()), cpu_sampling.mass_histogram(*masses.values())),
+    ]
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+BAD = {
+    "logits": [torch.zeros(5), torch.zeros(5, 0), torch.zeros(5, 9).double(), torch.zeros(9, 5).T],
+    "temperature": [torch.ones(4), torch.ones(5).double(), torch.ones(5, 1)],
+    "cut": [torch.ones(4), torch.ones(10)[::2]],
+    "seeds": [torch.ones(5), torch.ones(4, dtype=torch.int64)],
+    "positions": [torch.ones(5, dtype=torch.int32)],
+    "sampled": [torch.ones(5)],
+    "first_token": [-1, (1 << 34) - 8],
+}
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, values in BAD.items() for bad in values])
+def test_gumbel_argmax_names_what_does_not_fit(name, bad):
+    arguments = gumbel_arguments(9) | {name: bad}
+    first_token = arguments.pop("first_token")
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        sampling_ops.gumbel_argmax(*arguments.values(), first_token=first_token)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("max_logits", torch.zeros(4)),
+        ("prefix", torch.zeros(5)),
+        ("shift", 4),
+        ("shift", 32),
+        ("cut", torch.zeros(5).double()),
+    ],
+)
+def test_mass_histogram_names_what_does_not_fit(name, bad):
+    arguments = mass_arguments(9, 8) | {name: bad}
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        sampling_ops.mass_histogram(*arguments.values())
+    if name in ("prefix", "shift"):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            sampling_ops.count_histogram(arguments["logits"], arguments["prefix"], arguments["shift"])
+    if name == "max_logits":
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            sampling_ops.row_mass(arguments["logits"], bad)
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match=r"^device: expected one of cuda, cpu, got meta$"):
+        sampling_ops.row_argmax(torch.empty(2, 3, device="meta"))
+    with pytest.raises(ValueError, match=r"^scores: expected"):
+        sampling_ops.row_argmax(torch.zeros(3))
