@@ -34,6 +34,13 @@ _MAX_HIDDEN = 8192  # a row is held in registers, with the rows of the peers on 
 
 
 @triton.jit
+def _oldest(words, is_peer, sequence, PEERS: tl.constexpr):
+    """The smallest of this rank's words: a sum for which all ranks have put their row here."""
+    seen = tl.atomic_add(words, tl.zeros([PEERS], tl.int64), mask=is_peer, sem="acquire", scope="sys")
+    return tl.min(tl.where(is_peer, seen, sequence), 0)
+
+
+@triton.jit
 def _post_and_wait(
     signals_ptr, signal_table_ptr, row, sequence, rank, WORLD_SIZE: tl.constexpr, PEERS: tl.constexpr
 ):
@@ -46,10 +53,9 @@ def _post_and_wait(
     tl.debug_barrier()  # every thread's part of the row is written before one of them says so
     tl.atomic_xchg(theirs, posted, mask=is_peer, sem="release", scope="sys")
     mine = signals_ptr + row * WORLD_SIZE + peer
-    nothing = tl.zeros([PEERS], tl.int64)
-    seen = tl.atomic_add(mine, nothing, mask=is_peer, sem="acquire", scope="sys")
-    while tl.min(tl.where(is_peer, seen, sequence), 0) < sequence:
-        seen = tl.atomic_add(mine, nothing, mask=is_peer, sem="acquire", scope="sys")
+    oldest = _oldest(mine, is_peer, sequence, PEERS)
+    while oldest < sequence:
+        oldest = _oldest(mine, is_peer, sequence, PEERS)
     tl.debug_barrier()  # no thread reads a row before one of them has seen all words
 
 

@@ -24,6 +24,7 @@ ROUNDS = [
     (4, 99),
 ]  # rows and hidden size of one sum after another
 EPS = 1e-5
+RIGHT = ("f32", "bf16")
 SCENARIOS: dict[str, torch.dtype] = {
     "f32": torch.float32,
     "bf16": torch.bfloat16,
@@ -70,7 +71,7 @@ def sum_all_rounds(
         peers = shared_buffers(folder / scenario, rank, world_size, dtype)
         table = peers.data_table.clone()
         outcomes[scenario] = []
-        for number in range(len(ROUNDS)):
+        for number in range(len(ROUNDS) if scenario in RIGHT else 2):
             xs, residual, weight = inputs(number, dtype, world_size)
             x = xs[rank]
             if scenario == "one rank's row is wrong" and rank == 1:
