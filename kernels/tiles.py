@@ -40,23 +40,21 @@ class AttentionTiles:
         assert self.decode.chunk % self.decode.block_n == 0, "a chunk is whole loop trips"
 
 
-# Largest head dimension -> rows and warps of a prefill tile. 64 rows spill beyond head_dim 64 (80 on sm_80, 256 on
-# sm_100), these do not.
-_PREFILL_ROWS_AND_WARPS = {64: (64, 4), 128: (32, 8), 256: (32, 8)}
+# Largest head dimension -> rows, warps and stages of a prefill tile that spills nowhere. 64 rows spill beyond head_dim
+# 64 (80 on sm_80, 256 on sm_100); 32 rows on 8 warps in 2 stages, some bytes on sm_90, where ptxas halves the registers.
+_PREFILL = {64: (64, 4, 2), 128: (32, 4, 2), 256: (32, 8, 3)}
 
 
 def attention_tiles(head_dim: int, element_size: int) -> AttentionTiles:
     """The tiles for a head dimension and bytes per cache element."""
-    fitting = [limit for limit in _PREFILL_ROWS_AND_WARPS if head_dim <= limit]
+    fitting = [limit for limit in _PREFILL if head_dim <= limit]
     if not fitting:
-        raise ValueError(
-            f"head_dim={head_dim} is more than {max(_PREFILL_ROWS_AND_WARPS)}; no tile is known for it"
-        )
-    rows, warps = _PREFILL_ROWS_AND_WARPS[fitting[0]]
+        raise ValueError(f"head_dim={head_dim} is more than {max(_PREFILL)}; no tile is known for it")
+    rows, warps, stages = _PREFILL[fitting[0]]
     block_n = 64 if head_dim * element_size <= 256 else 32
     return AttentionTiles(
         decode=AttentionTile(16, block_n, 512, num_warps=4, num_stages=3),
-        prefill=AttentionTile(rows, block_n, 512, num_warps=warps, num_stages=2),
+        prefill=AttentionTile(rows, block_n, 512, num_warps=warps, num_stages=stages),
         max_decode_queries=16,
     )
 
