@@ -32,6 +32,7 @@ def kernels(
     Exit codes: 0 all are well made, 1 some spill registers, need too much shared memory or lack an
     instruction, 2 there is no compiler.
     """
+    targets = list(dict.fromkeys(targets))
     for target in targets:
         if target not in TARGETS:
             raise ConfigError(f"--target {target}: expected one of {', '.join(TARGETS)}")

@@ -119,11 +119,12 @@ def check_compilers(targets: Sequence[str]) -> None:
 def _run_worker(folder: Path, target: str, calls: str, only: str) -> list[KernelReport]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
+        "PYTHONPATH": os.pathsep.join(sys.path),  # it imports what this process would
         "TRITON_CACHE_DIR": str(folder),
         "TRITON_DEFAULT_FP_FUSION": "1",  # the default of some versions, and not of others
         "TRITON_DUMP_PTXAS_LOG": "1",
     }
-    # -P: the working directory may have a folder called triton.
+    # -P: and nothing from the working directory, which may have a folder called triton.
     command = [sys.executable, "-P", "-m", "kvshard.kernels.compiled.worker", target, calls, only]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == NO_SUCH_CALL:

@@ -21,14 +21,14 @@ from triton.runtime.jit import JITFunction
 
 from .report import NO_SUCH_CALL, TARGETS
 
-# PTX: warpgroup and warp tensor_core, and those of the fifth generation (sm_100).
-_PTX_PRODUCT = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+# Products by a warp, by four (sm_90) and by one thread for all (sm_100).
+_PTX_TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 # 16 bytes or more into registers, or asynchronously into shared memory.
 _PTX_WIDE_LOAD = re.compile(
     r"\bld\.global\S*\.(?:v4\.\w32|v8\.\w32|v2\.\w64|v4\.\w64)\b|\bcp\.async\.cg\b|\bcp\.async\.ca\b.*, 0x10,"
     r"|\bcp\.async\.bulk\b"
 )
-_AMD_PRODUCT = re.compile(r"\bv_mfma_")
+_AMD_TENSOR_CORE = re.compile(r"\bv_mfma_")
 _AMD_WIDE_LOAD = re.compile(r"\b(?:global|buffer)_load_dwordx4\b")
 
 
@@ -76,7 +76,7 @@ def nvidia_figures(compiled: Any, log: str) -> dict[str, int]:
         "registers": _number(r"Used (\d+) registers", log),
         "stack": _number(r"(\d+) bytes stack frame", log),
         "spilled": _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
-        "tensor_core": len(_PTX_PRODUCT.findall(ptx)),
+        "tensor_core": len(_PTX_TENSOR_CORE.findall(ptx)),
         "wide_loads": len(_PTX_WIDE_LOAD.findall(ptx)),
     }
 
@@ -88,7 +88,7 @@ def amd_figures(compiled: Any) -> dict[str, int]:
         "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
         "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
         "spilled": 8 * _number(r"\.vgpr_spill_count:\s+(\d+)", text),
-        "tensor_core": len(_AMD_PRODUCT.findall(text)),
+        "tensor_core": len(_AMD_TENSOR_CORE.findall(text)),
         "wide_loads": len(_AMD_WIDE_LOAD.findall(text)),
     }
 
@@ -119,16 +119,13 @@ def reports(target_name: str, module: str, only: str) -> Iterator[dict[str, Any]
             yield found | {"error": traceback.format_exc()}
         for kernel, compiled, log in compiler.new:
             figures = nvidia_figures(compiled, log) if target.backend == "cuda" else amd_figures(compiled)
-            yield (
-                found
-                | figures
-                | {
-                    "kernel": kernel,
-                    "shared": compiled.metadata.shared,
-                    "wants_tensor_core": "tt.dot" in compiled.asm["ttir"],
-                    "wants_wide_loads": kernel not in call.narrow,
-                }
-            )
+            rest = {
+                "kernel": kernel,
+                "shared": compiled.metadata.shared,
+                "wants_tensor_core": "tt.dot" in compiled.asm["ttir"],
+                "wants_wide_loads": kernel not in call.narrow,
+            }
+            yield found | figures | rest
         compiler.new.clear()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 from pathlib import Path
 
@@ -67,8 +66,7 @@ def host(): kernel[(1,)](table[0](2))
 
 def test_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels made badly on purpose: each must show its fault, and only that."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path))
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     found = {r.call: r for r in compile_kernels(tmp_path, ["sm_80"], calls="planted_calls")}
     expected = {
         "well-made": None,
