@@ -5,6 +5,7 @@ so float64 tensors in give float64 results out. Shapes and dtypes are those of `
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, rounded to its dtype; then rms_norm(residual)."""
     residual.copy_((residual.double() + x.double()).to(residual.dtype))
+    return rms_norm(residual, weight, eps)
+
+
+def all_reduce_add_rms_norm(xs: Sequence[Tensor], residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += the sum of all ranks' x, rounded to its dtype once; then rms_norm(residual). xs: by rank."""
+    total = residual.double()
+    for x in xs:
+        total = total + x.double()
+    residual.copy_(total.to(residual.dtype))
     return rms_norm(residual, weight, eps)
 
 

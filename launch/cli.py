@@ -13,6 +13,7 @@ from .. import __version__
 from ..runtime.config import JobConfig, load_config, parse_overrides
 from ..runtime.errors import ConfigError
 from .bench import app as bench_app
+from .kernels_command import kernels
 from .plan_command import plan
 from .run import execute_job, is_done, report_errors
 
@@ -131,6 +132,7 @@ def _load(job: Path, overrides: list[str]) -> JobConfig:
 
 
 app.command(no_args_is_help=True)(plan)
+app.command()(kernels)
 app.add_typer(bench_app, name="bench")
 
 
