@@ -1,6 +1,6 @@
 """Time of choosing tokens on the CPU: 32 rows of 49152 logits, one rank, all rows with the same settings.
 
-Claim: sampling costs little more than reading the logits, where noise for every token in torch cost 20 times as much.
+Claim: sampling costs little more than reading the logits, where noise for every token in torch cost more than 10 times as much.
 
     python benchmarks/sampling.py --rows 32 --vocabulary 49152 --threads 1
     git worktree add /tmp/before/kvshard COMMIT && PYTHONPATH=/tmp/before python benchmarks/sampling.py --output before.json
@@ -83,7 +83,7 @@ def main() -> None:
         old = f"{before[name]:.2f}" if name in before else ""
         print(f"| {name} | {old} | {median(values):.2f} | {spread} |")
     result |= {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "arguments": {k: v for k, v in vars(arguments).items() if not isinstance(v, Path | None)},
         "unit": "milliseconds a call, by settings",
         "median": {name: median(values) for name, values in samples.items()},
         "median_before": before,

@@ -247,7 +247,7 @@ void sampling_histogram(const float *logits, int64_t stride, int64_t rows, int64
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t task = 0; task < rows * ranges; task++) {
         int64_t row = task / ranges, begin = task % ranges * RANGE;
-        if (prefix[row] < 0 || prefix[row] >> (24 - shift)) continue; /* no key begins like this */
+        if (prefix[row] >> (24 - shift)) continue; /* negative or too large: no key begins like this */
         Round round = {1.0f, 0.0f, 0.0f, temperature == NULL, prefix[row], shift};
         if (temperature != NULL) {
             round.temperature = temperature[row];
