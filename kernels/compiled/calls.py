@@ -45,8 +45,9 @@ def typical_calls() -> Iterator[TypicalCall]:
     yield TypicalCall("gelu_mul 9216", partial(gelu_mul, bf16(8, 2 * 9216)))
     yield from cache_write_calls()
     for format in FORMATS:
-        for head_dim in (64, 80, 128, 256):
+        for head_dim in (64, 128, 256):
             yield from attention_calls(head_dim, format)
+    yield from attention_calls(80, "auto")
     yield from sampling_calls()
 
 
@@ -88,11 +89,7 @@ def attention_calls(head_dim: int, format: CacheFormat) -> Iterator[TypicalCall]
     """Decode over several chunks, which are combined then, and prefill; what is None is compiled away."""
     cache = cache_of(format, head_dim)
     sinks = torch.empty(32)
-    for name, query_len, window, soft_cap in (
-        ("decode", 1, None, None),
-        ("prefill", 64, None, None),
-        ("windowed and capped prefill", 64, 1024, 50.0),
-    ):
+    for name, query_len, window, soft_cap in (("decode", 1, None, None), ("prefill", 64, 1024, 50.0)):
         num_tokens = 2 * query_len
         q = bf16(num_tokens, 48, head_dim)[:, :32]
         meta = AttentionMetadata.build(
