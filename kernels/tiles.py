@@ -5,6 +5,8 @@ spills (tests/kernels/test_compile.py).
 
 from dataclasses import dataclass
 
+from .cache import CacheFormat
+
 
 @dataclass(frozen=True)
 class AttentionTile:
@@ -45,8 +47,8 @@ class AttentionTiles:
 _PREFILL_ROWS_AND_WARPS = {64: (64, 4), 128: (32, 8), 256: (32, 8)}
 
 
-def attention_tiles(head_dim: int, element_size: int) -> AttentionTiles:
-    """The tiles for a head dimension and bytes per cache element."""
+def attention_tiles(head_dim: int, format: CacheFormat, element_size: int) -> AttentionTiles:
+    """The tiles for a head dimension, a cache format and the bytes of an element of q."""
     fitting = [limit for limit in _PREFILL_ROWS_AND_WARPS if head_dim <= limit]
     if not fitting:
         raise ValueError(
@@ -59,6 +61,11 @@ def attention_tiles(head_dim: int, element_size: int) -> AttentionTiles:
         prefill=AttentionTile(rows, block_n, 512, num_warps=warps, num_stages=2),
         max_decode_queries=16,
     )
+
+
+def rotary_tile(num_kv_heads: int, channels: int) -> int:
+    """KV heads per program of rotary and cache write, a power of two: enough for 16-byte loads by a warp or more."""
+    return min(1 << (num_kv_heads - 1).bit_length(), max(512 // channels, 1))
 
 
 def row_tile(columns: int) -> tuple[int, int]:

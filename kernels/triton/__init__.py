@@ -4,10 +4,9 @@ Rules of the kernels: values become float32 right after each load (the interpret
 sums need it anyway); block ids, slots and token numbers become int64 before they are multiplied.
 """
 
-from .activation import silu_mul
+from .activation import gelu_mul, silu_mul
 from .attention import paged_attention
-from .kv_write import kv_write
 from .norm import add_rms_norm, rms_norm
-from .rotary import rotary
+from .rotary_kv_write import rotary_kv_write
 
-__all__ = ["add_rms_norm", "kv_write", "paged_attention", "rms_norm", "rotary", "silu_mul"]
+__all__ = ["add_rms_norm", "gelu_mul", "paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"]

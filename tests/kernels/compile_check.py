@@ -17,12 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kvshard.kernels.tiles import ACTIVATION_BLOCK, attention_tiles, row_tile
-from kvshard.kernels.triton.activation import silu_mul_kernel
-from kvshard.kernels.triton.attention import attention_kernel, combine_kernel
-from kvshard.kernels.triton.kv_write import kv_write_kernel
+from kvshard.kernels.cache import CacheFormat
+from kvshard.kernels.tiles import ACTIVATION_BLOCK, attention_tiles, rotary_tile, row_tile
+from kvshard.kernels.triton.activation import gated_activation_kernel
+from kvshard.kernels.triton.attention_kernel import attention_kernel, combine_kernel
 from kvshard.kernels.triton.norm import add_rms_norm_kernel, rms_norm_kernel
-from kvshard.kernels.triton.rotary import rotary_kernel
+from kvshard.kernels.triton.rotary_kv_write import rotary_kv_write_kernel
 
 # Shared memory that one block may use, by compute capability (CUDA programming guide, table of technical limits).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
@@ -34,9 +34,14 @@ INDEX_POINTERS = {
     "block_tables_ptr",
     "head_groups_ptr",
 }
-FLOAT_POINTERS = {"partial_out_ptr", "partial_lse_ptr", "cos_sin_ptr"}
+FLOAT_POINTERS = {"partial_out_ptr", "partial_lse_ptr", "cos_sin_ptr", "sinks_ptr", "lse_ptr"}
 LONG_POINTERS = {"positions_ptr", "slot_mapping_ptr"}
-FLOATS = {"eps", "scale_log2"}
+CACHE_POINTERS = {"k_cache_ptr", "v_cache_ptr"}
+SCALE_POINTERS = {"k_scale_ptr", "v_scale_ptr"}
+FLOATS = {"eps", "logit_factor", "cap_log2"}
+# Absent arguments are constants too.
+NO_SCALES = dict.fromkeys(SCALE_POINTERS)
+CACHE_TYPES = {"auto": "*bf16", "int8": "*i8", "fp8": "*u8", "int4": "*u8"}
 
 
 def cases(bad: bool) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
@@ -45,33 +50,67 @@ def cases(bad: bool) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     out = [
         ("rms_norm", rms_norm_kernel, {"BLOCK": block}, {"num_warps": warps}),
         ("add_rms_norm", add_rms_norm_kernel, {"BLOCK": block}, {"num_warps": warps}),
-        ("rotary", rotary_kernel, {"Q_HEADS": 32, "KV_HEADS": 8, "HALF": 64}, {"num_warps": 4}),
-        ("kv_write", kv_write_kernel, {"HEADS": 8, "CHANNELS": 128}, {"num_warps": 4}),
-        ("silu_mul", silu_mul_kernel, {"BLOCK": ACTIVATION_BLOCK}, {"num_warps": 4}),
     ]
-    for head_dim in (64, 80, 128, 256):
-        channels, group = triton.next_power_of_2(head_dim), 4
-        tiles = attention_tiles(head_dim, 2)
-        for name, tile in (("decode", tiles.decode), ("prefill", tiles.prefill)):
-            constants = {
-                "HEAD_DIM": head_dim,
-                "CHANNELS": channels,
-                "GROUP": group,
-                "TILE_ROWS": tile.min_tile_rows,
-                "BLOCK_N": tile.block_n,
-                "CHUNK": tile.chunk,
-                "WINDOWED": name == "prefill",
-                "UPCAST": False,
-            }
-            options = {"num_warps": 1 if bad else tile.num_warps, "num_stages": tile.num_stages}
-            out.append((f"attention {name} {head_dim}", attention_kernel, constants, options))
+    for name, is_gelu in (("silu_mul", False), ("gelu_mul", True)):
+        constants = {"GELU": is_gelu, "BLOCK": ACTIVATION_BLOCK}
+        out.append((name, gated_activation_kernel, constants, {"num_warps": 4}))
+    for format in CACHE_TYPES:
+        constants = {
+            "FORMAT": format,
+            "HEAD_DIM": 128,
+            "CHANNELS": 128,
+            "ROTARY_HALF": 64,
+            "ROTARY_LANES": 64,
+            "Q_HEADS": 16,
+            "KV_HEADS": rotary_tile(8, 128),
+            **(NO_SCALES if format == "auto" else {}),
+        }
+        out.append((f"rotary_kv_write {format}", rotary_kv_write_kernel, constants, {"num_warps": 4}))
+    for format, head_dims in (
+        ("auto", (64, 80, 128, 256)),
+        ("int8", (64, 128)),
+        ("fp8", (64, 128)),
+        ("int4", (64, 128)),
+    ):
+        for head_dim in head_dims:
+            out += attention_cases(format, head_dim, bad)
     constants = {"HEAD_DIM": 256, "CHANNELS": 256, "GROUP": 4, "TILE_ROWS": 16}
     out.append(("combine 256", combine_kernel, constants, {"num_warps": 4}))
-    return [case for case in out if case[0].startswith("attention prefill 256")] if bad else out
+    return [case for case in out if case[0] == "attention prefill 256 auto"] if bad else out
 
 
-def argument_type(name: str) -> str:
+def attention_cases(
+    format: CacheFormat, head_dim: int, bad: bool
+) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Decode plain, prefill with a window, a soft cap, sinks and logsumexp."""
+    out = []
+    tiles = attention_tiles(head_dim, format, 2)
+    for name, tile in (("decode", tiles.decode), ("prefill", tiles.prefill)):
+        constants = {
+            "FORMAT": format,
+            "HEAD_DIM": head_dim,
+            "CHANNELS": triton.next_power_of_2(head_dim // 2 if format == "int4" else head_dim),
+            "GROUP": 4,
+            "TILE_ROWS": tile.min_tile_rows,
+            "BLOCK_SIZE": 16,
+            "BLOCK_N": tile.block_n,
+            "CHUNK": tile.chunk,
+            "UPCAST": False,
+            **(NO_SCALES if format == "auto" else {}),
+        }
+        if name == "decode":
+            constants |= dict.fromkeys(("sinks_ptr", "lse_ptr", "cap_log2", "window"))
+        options = {"num_warps": 1 if bad else tile.num_warps, "num_stages": tile.num_stages}
+        out.append((f"attention {name} {head_dim} {format}", attention_kernel, constants, options))
+    return out
+
+
+def argument_type(name: str, format: CacheFormat) -> str:
     """Triton's name for the type of a kernel argument."""
+    if name in CACHE_POINTERS:
+        return CACHE_TYPES[format]
+    if name in SCALE_POINTERS:
+        return "*fp16"
     if name in INDEX_POINTERS:
         return "*i32"
     if name in FLOAT_POINTERS:
@@ -86,7 +125,8 @@ def argument_type(name: str) -> str:
 def compile_kernel(kernel: Any, constants: dict[str, Any], options: dict[str, int], capability: int) -> Any:
     """What a launch would build: 16-byte-aligned pointers, integers that are multiples of 16."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else argument_type(name) for name in names}
+    format = constants.get("FORMAT", "auto")
+    signature = {name: "constexpr" if name in constants else argument_type(name, format) for name in names}
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -89,6 +89,6 @@ def test_attention_work(copies: list[bool]) -> None:
     meta = AttentionMetadata.build(
         np.array([1, 40], np.int32), np.array([100, 90], np.int32), tables, 16, META
     )
-    assert len(plan_work(meta, attention_tiles(64, 2), group=4, window=None)) == 2
+    assert len(plan_work(meta, attention_tiles(64, "auto", 2), group=4, window=None)) == 2
     assert len(copies) == 6
     assert all(copies)
