@@ -89,9 +89,16 @@ class Filled:
         self.meta = ops.AttentionMetadata.build(*lens, tables, shape.block_size, device)
         self.heads = ops.HeadLayout((shape.num_q // shape.num_kv,) * shape.num_kv)
         self.scale = shape.head_dim**-0.5
+        self._layers: dict[ops.CacheFormat, list[ops.KVLayer]] = {}
 
     def layers(self, format: ops.CacheFormat) -> list[ops.KVLayer]:
-        """The caches of one format, written by the op that a model writes them with."""
+        """The caches of one format, the same ones for all who ask."""
+        if format not in self._layers:
+            self._layers[format] = self._written(format)
+        return self._layers[format]
+
+    def _written(self, format: ops.CacheFormat) -> list[ops.KVLayer]:
+        """Written by the op that a model writes them with."""
         shape = self.shape
         position = torch.cat([torch.arange(n, device=self.device) for n in shape.context_lens])
         lens = torch.tensor(shape.context_lens, device=self.device)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +42,8 @@ class Row:
 
     case: str
     variant: str
-    note: str = NOT_RUN
+    note: str = NOT_RUN  # why there are no samples; empty if there are
+    remark: str = ""  # what the samples alone do not say
     amount: float = 0.0
     unit: str = "bytes"
     samples_us: list[float] = field(default_factory=list)
@@ -134,6 +136,21 @@ class Part:
             row.note, row.amount, row.samples_us = "", amounts[name], [round(x, 2) for x in values]
         self._finish_case()
 
+    def once(self, case: str, variant: str, work: Callable[[], object]) -> None:
+        """A check rather than a time: it passed if the row has a sample, and that says how long it took.
+
+        What `work` returns is its remark.
+        """
+        row = self.rows[case, variant]
+        start = time.perf_counter()
+        try:
+            remark = work()
+            row.note, row.samples_us = "", [round((time.perf_counter() - start) * 1e6)]
+            row.remark = "passed" if remark is None else str(remark)
+        except Exception as error:  # noqa: BLE001 - it goes into the table
+            self.note(case, variant, error)
+        self._finish_case()
+
     def target(self, claim: str, bound: float, figure: float | None, *, at_least: bool = True) -> None:
         self._targets.append(Target(claim, bound, at_least, figure))
         self.save()
@@ -183,7 +200,7 @@ class Part:
     def _between(self, marks: list[Any]) -> list[float]:
         """Microseconds from each mark to the next."""
         self.synchronize()
-        pairs = zip(marks, marks[1:], strict=False)
+        pairs = pairwise(marks)
         return [(b - a) * 1e6 if self.dry else a.elapsed_time(b) * 1e3 for a, b in pairs]
 
     def synchronize(self) -> None:
