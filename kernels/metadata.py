@@ -121,9 +121,37 @@ class AttentionMetadata:
             max_context_len=max_context_len,
         )
 
-    def prepare(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The back end's plan for this step, made by the first layer that asks and reused by the others."""
-        plan: T | None = self._prepared.get(key)
-        if plan is None:
-            plan = self._prepared[key] = make()
+    def prepare(self, key: Hashable, make: Callable[[], T], refill: Callable[[T], None] | None = None) -> T:
+        """The back end's plan for this step, made by the first layer that asks and reused by the others.
+
+        `refill` rewrites a plan in its place after `refill` of this step; None if it does not depend on lengths.
+        """
+        if key not in self._prepared:
+            self._prepared[key] = make(), refill
+        plan: T = self._prepared[key][0]
         return plan
+
+    def refill(self, context_lens: Int32Array, block_tables: Tensor) -> None:
+        """Makes this the metadata of another step with as many rows and the same query lengths, in the same device
+        memory: for a captured CUDA graph, which reads from fixed addresses and launches fixed grids.
+
+        The metadata were built with the longest contexts of all the steps to come, and the back end has made its
+        plans for them (attention was called before). The host does not wait.
+
+        context_lens  [R] int32 on the host, none longer than when built
+        block_tables  [R, max_blocks] int32 on the device, no wider than when built
+        """
+        context_lens = np.ascontiguousarray(context_lens, dtype=np.int32)
+        assert context_lens.shape == self.context_lens_host.shape, f"{len(context_lens)} rows"
+        assert bool((self.query_lens_host <= context_lens).all()), (
+            "context_lens must include this step's tokens"
+        )
+        assert int(context_lens.max()) <= self.max_context_len, (
+            f"a context of {context_lens.max()}, planned for at most {self.max_context_len}"
+        )
+        self.context_lens_host = context_lens
+        self.context_lens.copy_(to_device(context_lens, self.context_lens.device))
+        self.block_tables[:, : block_tables.shape[1]].copy_(block_tables)
+        for plan, refill in self._prepared.values():
+            if refill is not None:
+                refill(plan)

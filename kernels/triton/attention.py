@@ -13,7 +13,7 @@ from ..tiles import AttentionTiles, attention_tiles
 from .attention_kernel import attention_kernel
 from .codes import raw
 from .combine import combine_kernel
-from .plan import WorkList, head_groups_table, plan_work
+from .plan import WorkList, head_groups_table, plan_work, refill_work
 
 LOG2_E = math.log2(math.e)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -35,7 +35,11 @@ def paged_attention(
     chosen = attention_tiles(q.shape[2], cache.format, q.element_size()) if tiles is None else tiles
     group = triton.next_power_of_2(max(heads.q_per_kv))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    plans = meta.prepare(("triton", chosen, group, window), lambda: plan_work(meta, chosen, group, window))
+    plans = meta.prepare(
+        ("triton", chosen, group, window),
+        lambda: plan_work(meta, chosen, group, window),
+        lambda plans: refill_work(plans, meta, chosen, group, window),
+    )
     for work in plans:
         _launch(work, q, cache, out, meta, heads, group, scale, window, soft_cap, sinks, lse)
     return out

@@ -45,6 +45,28 @@ def plan_work(
     return plans
 
 
+_NO_QUERY = 1 << 30  # past the end of every row
+
+
+def refill_work(
+    plans: list[WorkList], meta: AttentionMetadata, tiles: AttentionTiles, group: int, window: int | None
+) -> None:
+    """Rewrites work lists in their place for the lengths that `meta` has now; what is left over becomes idle.
+
+    So launches keep their grids and addresses. The lists were planned for rows at least as long as these.
+    """
+    fresh = plan_work(meta, tiles, group, window)
+    assert len(fresh) == len(plans), "a row has changed between the decode and the prefill tile"
+    for kept, new in zip(plans, fresh, strict=True):
+        assert new.num_partials <= kept.num_partials, f"{new.num_partials} partial results"
+        for target, rows in ((kept.items, new.items), (kept.combined, new.combined)):
+            assert len(rows) <= len(target), f"{len(rows)} items, planned for at most {len(target)}"
+            target[: len(rows)] = rows
+            # An idle program finds no query of its own, and no chunk or partial result to walk: it writes nothing.
+            target[len(rows) :] = 0
+            target[len(rows) :, 1] = _NO_QUERY
+
+
 def _work_list(
     meta: AttentionMetadata,
     tile: AttentionTile,
