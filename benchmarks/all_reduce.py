@@ -11,19 +11,17 @@ meet before each call, so that no back end pays for the one before it. Times are
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
+import record
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
@@ -134,36 +132,20 @@ def table(world_size: int, samples: Samples) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "all_reduce.json")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "all_reduce.json")
     arguments = parser.parse_args()
-    load_before = os.getloadavg()[0]
+    result = record.describe("all_reduce")
     results = {}
     for world_size in arguments.world_sizes:
         results[world_size] = run(world_size, arguments.iterations)
         print(table(world_size, results[world_size]), end="\n\n")
-    record = {
-        "benchmark": "all_reduce",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "load_average_before": load_before,
-        },
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    result |= {
         "iterations": arguments.iterations,
         "unit": "microseconds, rank 0, by world size, payload and back end",
         "median": {
@@ -172,9 +154,7 @@ def main() -> None:
         },
         "samples": results,
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    print(f"samples: {arguments.output}")
+    record.write(result, arguments.output)
 
 
 if __name__ == "__main__":

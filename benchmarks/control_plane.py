@@ -17,18 +17,14 @@ busy moment of the machine hits both. The peers do nothing else: what is measure
 
 import argparse
 import gc
-import json
 import multiprocessing
-import os
-import platform
 import statistics
-import sys
 import time
 from collections import deque
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import record
 import zmq
 
 from kvshard.runtime.coordinator.channel import ControlChannel, shard_identity
@@ -208,13 +204,6 @@ def cell(values: list[float]) -> str:
     return f"{statistics.median(values):.0f} ({percentile_99(values):.0f})"
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,10 +211,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--peers", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "control_plane.json"
-    )
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "control_plane.json")
     arguments = parser.parse_args()
+    result = record.describe("control_plane")
+    result["versions"] |= {"numpy": np.__version__, "pyzmq": zmq.__version__}
 
     steps, plan = measure_steps(arguments.steps)
     gc.collect()
@@ -234,12 +223,11 @@ def main() -> None:
     print("| " + " | ".join(cell(values) for values in steps.values()) + " |\n")
 
     fan_out: dict[int, Samples] = {}
-    versions = {"python": sys.version.split()[0], "numpy": np.__version__, "pyzmq": zmq.__version__}
     if arguments.peers:
         import ray
 
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        versions["ray"] = ray.__version__
+        result["versions"]["ray"] = ray.__version__
         payload = encode_plan(plan)
         print(f"one plan ({len(payload)} bytes) to all peers and their answers: median (p99), microseconds")
         print("| peers | control channel | Ray actor call |\n|---|---|---|")
@@ -250,16 +238,7 @@ def main() -> None:
             )
         ray.shutdown()
 
-    record = {
-        "benchmark": "control_plane",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "load_average_1min": os.getloadavg()[0],
-        },
-        "versions": versions,
+    result |= {
         "unit": "microseconds",
         "rows": NUM_ROWS,
         "context_len": CONTEXT_LEN,
@@ -278,9 +257,7 @@ def main() -> None:
             },
         },
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(record, separators=(",", ":")) + "\n")
-    print(f"\nsamples: {arguments.output}")
+    record.write(result, arguments.output)
 
 
 if __name__ == "__main__":

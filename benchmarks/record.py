@@ -7,10 +7,9 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,12 +29,17 @@ def describe(benchmark: str) -> dict[str, Any]:
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": _gpu(),
             "system": platform.platform(),
             "load_average_before": os.getloadavg()[0],
         },
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": {"python": sys.version.split()[0], "torch": version("torch")},
     }
+
+
+def _gpu() -> str | None:
+    torch = sys.modules.get("torch")  # not imported for this: some benchmarks measure processes that have no torch
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
 def write(record: dict[str, Any], path: Path) -> None:
