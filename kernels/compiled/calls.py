@@ -52,7 +52,7 @@ def typical_calls() -> Iterator[TypicalCall]:
 
 
 def norm_calls() -> Iterator[TypicalCall]:
-    for hidden in (576, 4096, 8192):
+    for hidden in (576, 8192):
         x, weight = bf16(8, hidden), bf16(hidden)
         yield TypicalCall(f"rms_norm {hidden}", partial(rms_norm, x, weight, 1e-5))
         yield TypicalCall(f"add_rms_norm {hidden}", partial(add_rms_norm, x, x.clone(), weight, 1e-5))
@@ -76,7 +76,7 @@ def cache_of(format: CacheFormat, head_dim: int) -> KVLayer:
 
 def cache_write_calls() -> Iterator[TypicalCall]:
     index = torch.zeros(8, dtype=torch.int64)
-    for head_dim, formats in ((64, FORMATS), (128, FORMATS), (256, ("auto",))):
+    for head_dim, formats in ((64, FORMATS), (128, ("auto", "int4"))):
         q, k, v = bf16(8, 48, head_dim).split([32, 8, 8], dim=1)
         norm = bf16(head_dim) if head_dim == 128 else None
         for format in formats:

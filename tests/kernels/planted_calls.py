@@ -59,7 +59,7 @@ def product(dtype: torch.dtype, size: int, precision: str, **options: Any) -> No
 
 
 def typical_calls() -> Iterator[TypicalCall]:
-    yield TypicalCall("well-made", lambda: product(torch.bfloat16, 64, "ieee", num_stages=2))
+    yield TypicalCall("well-made", lambda: product(torch.bfloat16, 32, "ieee", num_stages=2))
     yield TypicalCall("tile", attention_on_one_warp)
     yield TypicalCall("stages", lambda: product(torch.bfloat16, 128, "ieee", num_warps=8, num_stages=5))
     yield TypicalCall("scalar", lambda: product(torch.float32, 16, "ieee", num_stages=1))
