@@ -52,10 +52,10 @@ class _Row:
 
 # (largest head dimension, cache format) -> tiles. What bounds them is registers: a tile of codes is held twice, as
 # bytes and as numbers, so int8 and fp8 go no wider than 64 positions, and prefill rows are half of those of `auto`.
-# 4 or 8 prefill warps is only what ptxas makes of it: each row has the number that spills on no target.
+# Warps and stages are what ptxas makes of it: each row has the number that spills on no target.
 _ATTENTION: dict[tuple[int, CacheFormat], _Row] = {
     (64, "auto"): _Row(64, 3, 64, 4),
-    (64, "int8"): _Row(64, 3, 32, 8),
+    (64, "int8"): _Row(64, 3, 32, 4),
     (64, "fp8"): _Row(64, 3, 32, 4),
     (64, "int4"): _Row(64, 4, 32, 4),
     (128, "auto"): _Row(64, 3, 32, 8),

@@ -83,7 +83,7 @@ def cases(bad: bool) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
 def attention_cases(
     format: CacheFormat, head_dim: int, bad: bool
 ) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Decode plain, prefill with a window, a soft cap, sinks and logsumexp."""
+    """Decode with sinks and logsumexp, prefill with a window and a soft cap."""
     out = []
     tiles = attention_tiles(head_dim, format, 2)
     for name, tile in (("decode", tiles.decode), ("prefill", tiles.prefill)):
@@ -98,9 +98,8 @@ def attention_cases(
             "CHUNK": tile.chunk,
             "UPCAST": False,
             **(NO_SCALES if format == "auto" else {}),
+            **dict.fromkeys(("cap_log2", "window") if name == "decode" else ("sinks_ptr", "lse_ptr")),
         }
-        if name == "decode":
-            constants |= dict.fromkeys(("sinks_ptr", "lse_ptr", "cap_log2", "window"))
         options = {"num_warps": 1 if bad else tile.num_warps, "num_stages": tile.num_stages}
         out.append((f"attention {name} {head_dim} {format}", attention_kernel, constants, options))
     return out
