@@ -42,23 +42,45 @@ class AttentionTiles:
         assert self.decode.chunk % self.decode.block_n == 0, "a chunk is whole loop trips"
 
 
-# Largest head dimension -> rows and warps of a prefill tile. 64 rows spill beyond head_dim 64 (80 on sm_80, 256 on
-# sm_100), these do not.
-_PREFILL_ROWS_AND_WARPS = {64: (64, 4), 128: (32, 8), 256: (32, 8)}
+@dataclass(frozen=True)
+class _Row:
+    block_n: int
+    decode_stages: int
+    prefill_rows: int
+    prefill_warps: int
+
+
+# (largest head dimension, cache format) -> tiles. What bounds them is registers: a tile of codes is held twice, as
+# bytes and as numbers, so int8 and fp8 go no wider than 64 positions, and prefill rows are half of those of `auto`.
+# Warps and stages are what ptxas makes of it: each row has the number that spills on no target.
+_ATTENTION: dict[tuple[int, CacheFormat], _Row] = {
+    (64, "auto"): _Row(64, 3, 64, 4),
+    (64, "int8"): _Row(64, 3, 32, 4),
+    (64, "fp8"): _Row(64, 3, 32, 4),
+    (64, "int4"): _Row(64, 4, 32, 4),
+    (128, "auto"): _Row(64, 3, 32, 8),
+    (128, "int8"): _Row(64, 3, 32, 8),
+    (128, "fp8"): _Row(64, 3, 32, 8),
+    (128, "int4"): _Row(64, 3, 32, 8),
+    (256, "auto"): _Row(32, 3, 32, 8),
+    (256, "int8"): _Row(32, 2, 32, 8),
+    (256, "fp8"): _Row(32, 3, 32, 8),
+    (256, "int4"): _Row(32, 3, 32, 8),
+}
 
 
 def attention_tiles(head_dim: int, format: CacheFormat, element_size: int) -> AttentionTiles:
     """The tiles for a head dimension, a cache format and the bytes of an element of q."""
-    fitting = [limit for limit in _PREFILL_ROWS_AND_WARPS if head_dim <= limit]
+    fitting = [row for (limit, name), row in _ATTENTION.items() if head_dim <= limit and name == format]
     if not fitting:
-        raise ValueError(
-            f"head_dim={head_dim} is more than {max(_PREFILL_ROWS_AND_WARPS)}; no tile is known for it"
-        )
-    rows, warps = _PREFILL_ROWS_AND_WARPS[fitting[0]]
-    block_n = 64 if head_dim * element_size <= 256 else 32
+        limit = max(limit for limit, _ in _ATTENTION)
+        raise ValueError(f"head_dim={head_dim} is more than {limit}; no tile is known for it")
+    row = fitting[0]
+    # float32 takes twice the room of the 16 bits that the rows were chosen for.
+    block_n = 32 if element_size > 2 and head_dim > 64 else row.block_n
     return AttentionTiles(
-        decode=AttentionTile(16, block_n, 512, num_warps=4, num_stages=3),
-        prefill=AttentionTile(rows, block_n, 512, num_warps=warps, num_stages=2),
+        decode=AttentionTile(16, block_n, 512, num_warps=4, num_stages=row.decode_stages),
+        prefill=AttentionTile(row.prefill_rows, block_n, 512, num_warps=row.prefill_warps, num_stages=2),
         max_decode_queries=16,
     )
 

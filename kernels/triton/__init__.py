@@ -1,7 +1,8 @@
 """The operations on CUDA, in Triton. Importing this package imports triton.
 
 Rules of the kernels: values become float32 right after each load (the interpreter treats bfloat16 as integers, and
-sums need it anyway); block ids, slots and token numbers become int64 before they are multiplied.
+sums need it anyway), but for operands of tl.dot, and those too when interpreted; block ids, slots, tokens and heads
+become int64 before they are multiplied.
 """
 
 from .activation import gelu_mul, silu_mul

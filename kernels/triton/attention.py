@@ -1,4 +1,4 @@
-"""Paged attention: launches of the kernels in attention_kernel.py over the work list of plan.py."""
+"""Paged attention: launches of attention_kernel.py and combine.py over the work list of plan.py."""
 
 import math
 import os
@@ -10,8 +10,9 @@ from torch import Tensor
 from ..cache import KVLayer
 from ..metadata import AttentionMetadata, HeadLayout
 from ..tiles import AttentionTiles, attention_tiles
-from .attention_kernel import attention_kernel, combine_kernel
+from .attention_kernel import attention_kernel
 from .codes import raw
+from .combine import combine_kernel
 from .plan import WorkList, head_groups_table, plan_work, refill_work
 
 LOG2_E = math.log2(math.e)

@@ -1,15 +1,14 @@
-"""The kernels of paged attention: one that walks the cache, and one that joins chunks of the context.
+"""The kernel of paged attention.
 
 A program holds the query heads of one KV head for some query positions, and walks the cache in chunks that start
 at fixed positions of the sequence. Within a chunk it keeps a running softmax (FlashAttention-2, Dao, 2023); chunks
-are joined by their logsumexp (Flash-Decoding, Dao et al., 2023), always in order and by the same code, be it in one
-program or in the combine kernel. So a query's bits do not depend on the other rows. Compiled, they may depend on which
-of the two tiles its row took (see plan.py): tiles of other shapes add the terms of a chunk in another order.
+are joined by their logsumexp, always in order and by the same code, be it in one program or in the combine kernel. So
+a query's bits do not depend on the other rows. Compiled, they may depend on which of the two tiles its row took (see
+plan.py): tiles of other shapes add the terms of a chunk in another order.
 
-Logits and logsumexp are in base 2 until the logsumexp is stored.
-
-Codes of a quantised cache enter the products as they are, exact in the dtype of q. Scales of keys are factors of the
-logits' columns, scales of values are factors of the weights, before these are rounded for the second product.
+Logits are in base 2. Codes of a quantised cache enter the products as they are, exact in the dtype of q. Scales of
+keys are factors of the logits' columns, scales of values are factors of the weights, before these are rounded for the
+second product.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -18,66 +17,7 @@ import triton
 import triton.language as tl
 
 from .codes import decoded
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _item_queries(
-    row,
-    first_query,
-    query_start_ptr,
-    head_groups_ptr,
-    GROUP: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-):
-    """The rows of a tile: row m is query position first_query + m // GROUP and the (m % GROUP)-th query head of the
-    KV head. Returns each one's query position in its row, token, head, whether it exists, and the row's query length.
-    """
-    kv_head = tl.program_id(1)
-    query_begin = tl.load(query_start_ptr + row)
-    query_len = tl.load(query_start_ptr + row + 1) - query_begin
-    first_head = tl.load(head_groups_ptr + kv_head * 2)
-    num_heads = tl.load(head_groups_ptr + kv_head * 2 + 1)
-    tile_row = tl.arange(0, TILE_ROWS)
-    query = first_query + tile_row // GROUP
-    token = (query_begin + query).to(tl.int64)
-    head = (first_head + tile_row % GROUP).to(tl.int64)
-    is_query = (query < query_len) & (tile_row % GROUP < num_heads)
-    return query, token, head, is_query, query_len
-
-
-@triton.jit
-def _join(weight, top, lse):
-    """What joins a result of logsumexp `lse` to a running sum: the factors of the sum and of the result, then the new
-    weight of the sum and the largest logsumexp so far. NaN stays NaN.
-    """
-    new_top = tl.maximum(top, lse, propagate_nan=tl.PropagateNan.ALL)
-    safe = tl.where(new_top == NEVER, 0.0, new_top)  # nothing visible so far: -inf - -inf would be NaN
-    keep = tl.exp2(top - safe)
-    add = tl.exp2(lse - safe)
-    return keep, add, tl.fma(weight, keep, add), new_top
-
-
-@triton.jit
-def _add(out, keep, chunk_out, add):
-    """One rounding a product, however the compiler would have fused them: both kernels must give the same bits."""
-    return tl.fma(out, keep[:, None], chunk_out * add[:, None])
-
-
-@triton.jit
-def _finish(weight, top, token, head, is_query, sinks_ptr, lse_ptr, lse_stride):
-    """Joins the sinks, writes the logsumexp, and returns the factor that makes the sum the output."""
-    keep = 1.0
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head, mask=is_query, other=0.0) * LOG2_E
-        keep, _, weight, top = _join(weight, top, sink)
-    weight = tl.where(is_query, weight, 1.0)  # padding rows may see nothing
-    if lse_ptr is not None:
-        tl.store(lse_ptr + token * lse_stride + head, (top + tl.log2(weight)) * LN_2, mask=is_query)
-    return keep / weight
+from .combine import NEVER, add_part, finish, join, tile_queries
 
 
 @triton.jit
@@ -89,10 +29,9 @@ def _capped(logits, cap_log2):
 
 
 @triton.jit
-def _block_ids(table_ptr, position, begin, end, BLOCK_SIZE: tl.constexpr):
-    """The cache blocks of these positions; nothing is read outside [begin, end)."""
-    inside = (position >= begin) & (position < end)
-    return tl.load(table_ptr + position.to(tl.uint32) // BLOCK_SIZE, mask=inside, other=0)
+def _block_ids(table_ptr, position, end, BLOCK_SIZE: tl.constexpr):
+    """The cache blocks of these positions; no entry past `end` is read."""
+    return tl.load(table_ptr + position.to(tl.uint32) // BLOCK_SIZE, mask=position < end, other=0)
 
 
 @triton.jit
@@ -151,15 +90,14 @@ def attention_kernel(
     first_chunk = tl.load(item_ptr + 2)
     end_chunk = tl.load(item_ptr + 3)
     partial = tl.load(item_ptr + 4).to(tl.int64)
-    query, token, head, is_query, query_len = _item_queries(
+    query, token, head, is_query, query_len = tile_queries(
         row, first_query, query_start_ptr, head_groups_ptr, GROUP, TILE_ROWS
     )
     WIDTH: tl.constexpr = HEAD_DIM // 2 if FORMAT == "int4" else HEAD_DIM
-    # Powers of two that keep weight * scale of values clear of float16's subnormal numbers and of its largest; fp8
-    # codes come 2**8 times too small, so both its scales grow by that.
-    KEY_UNIT: tl.constexpr = 256.0 if FORMAT == "fp8" else 0.0625 if FORMAT == "int4" else 1.0
-    OUT_UNIT: tl.constexpr = 64.0 if FORMAT == "int8" else 64.0 if FORMAT == "int4" else 1.0
-    VALUE_UNIT: tl.constexpr = OUT_UNIT * KEY_UNIT
+    # Powers of two, so nothing is lost: what a decoded number is short of its code, and a factor that keeps weight *
+    # scale of values between float16's subnormal numbers and its largest (fp8 has it in its code unit already).
+    CODE_UNIT: tl.constexpr = 256.0 if FORMAT == "fp8" else 0.0625 if FORMAT == "int4" else 1.0
+    OUT_UNIT: tl.constexpr = 64.0 if FORMAT == "int8" or FORMAT == "int4" else 1.0
 
     channel = tl.arange(0, CHANNELS)
     is_channel = channel < WIDTH
@@ -187,15 +125,16 @@ def attention_kernel(
     top = tl.full([TILE_ROWS], NEVER, tl.float32)
     if FORMAT == "int4":
         out_high = tl.zeros([TILE_ROWS, CHANNELS], tl.float32)
-    # What a trip needs first is on its way before: block ids two trips ahead, and scales, too narrow for asynchronous
-    # copies, one trip. Each is carried for one trip only, since the compiler pipelines no loop that just hands on.
+    # What a trip needs first is fetched one trip ahead: block ids, and scales, too narrow for asynchronous copies.
+    # These need their slots by then, so theirs are worked out a trip ahead too, from block ids fetched yet one earlier.
+    # (No value is merely handed on from trip to trip: the compiler would not pipeline such a loop.)
     table_ptr = block_tables_ptr + row * table_stride
     offset = tl.arange(0, BLOCK_N)
     key_position = first_trip + offset
-    block = _block_ids(table_ptr, key_position, begin, end, BLOCK_SIZE)
-    slot = _slots(block, key_position, kv_head, num_kv_heads, BLOCK_SIZE)
-    block = _block_ids(table_ptr, key_position + BLOCK_N, begin, end, BLOCK_SIZE)
+    block = _block_ids(table_ptr, tl.maximum(key_position, begin), end, BLOCK_SIZE)
     if FORMAT != "auto":
+        slot = _slots(block, key_position, kv_head, num_kv_heads, BLOCK_SIZE)
+        block = _block_ids(table_ptr, key_position + BLOCK_N, end, BLOCK_SIZE)
         is_key = (key_position >= begin) & (key_position < end)
         next_k_scale = tl.load(k_scale_ptr + slot, mask=is_key, other=0.0)
         next_v_scale = tl.load(v_scale_ptr + slot, mask=is_key, other=0.0)
@@ -209,16 +148,21 @@ def attention_kernel(
             tl.maximum(chunk * CHUNK, first_trip), tl.minimum((chunk + 1) * CHUNK, end), BLOCK_N
         ):
             key_position = start + offset
-            is_key = (key_position >= begin) & (key_position < end)
+            is_key = key_position < end
+            if window is not None:
+                is_key = is_key & (key_position >= begin)
+            if FORMAT == "auto":
+                slot = _slots(block, key_position, kv_head, num_kv_heads, BLOCK_SIZE)
+                block = _block_ids(table_ptr, key_position + BLOCK_N, end, BLOCK_SIZE)
             place = slot[:, None] * WIDTH + channel[None, :]
             is_code = is_key[:, None] & is_channel[None, :]
             k = tl.load(k_cache_ptr + place, mask=is_code, other=0)
             v = tl.load(v_cache_ptr + place, mask=is_code, other=0)
-            slot = _slots(block, key_position + BLOCK_N, kv_head, num_kv_heads, BLOCK_SIZE)
-            block = _block_ids(table_ptr, key_position + 2 * BLOCK_N, begin, end, BLOCK_SIZE)
             if FORMAT != "auto":
-                k_scale = next_k_scale.to(tl.float32) * KEY_UNIT
-                v_scale = next_v_scale.to(tl.float32) * VALUE_UNIT
+                slot = _slots(block, key_position + BLOCK_N, kv_head, num_kv_heads, BLOCK_SIZE)
+                block = _block_ids(table_ptr, key_position + 2 * BLOCK_N, end, BLOCK_SIZE)
+                k_scale = next_k_scale.to(tl.float32) * CODE_UNIT
+                v_scale = next_v_scale.to(tl.float32) * (CODE_UNIT * OUT_UNIT)
                 is_next = key_position + BLOCK_N < end
                 next_k_scale = tl.load(k_scale_ptr + slot, mask=is_next, other=0.0)
                 next_v_scale = tl.load(v_scale_ptr + slot, mask=is_next, other=0.0)
@@ -254,11 +198,11 @@ def attention_kernel(
                 acc_high = acc_high * fade[:, None] + tl.dot(p, v_high, input_precision="ieee")
             largest = new_largest
         nonzero = tl.where(total == 0.0, 1.0, total)  # no position of this chunk is visible to the query
-        keep, add, weight, top = _join(weight, top, largest + tl.log2(nonzero))
+        keep, add, weight, top = join(weight, top, largest + tl.log2(nonzero))
         share = (1.0 / (nonzero * OUT_UNIT))[:, None]
-        out = _add(out, keep, acc * share, add)
+        out = add_part(out, keep, acc * share, add)
         if FORMAT == "int4":
-            out_high = _add(out_high, keep, acc_high * share, add)
+            out_high = add_part(out_high, keep, acc_high * share, add)
 
     if partial >= 0:
         # One chunk: joining it to nothing has left its output and logsumexp as they were.
@@ -269,56 +213,9 @@ def attention_kernel(
         if FORMAT == "int4":
             tl.store(partial_ptr + WIDTH, out_high, mask=is_q)
     else:
-        factor = _finish(weight, top, token, head, is_query, sinks_ptr, lse_ptr, lse_stride)[:, None]
+        factor = finish(weight, top, token, head, is_query, sinks_ptr, lse_ptr, lse_stride)[:, None]
         dtype = out_ptr.dtype.element_ty
         row_ptr = out_ptr + token[:, None] * out_stride + head[:, None] * HEAD_DIM + channel[None, :]
         tl.store(row_ptr, (out * factor).to(dtype), mask=is_q)
         if FORMAT == "int4":
             tl.store(row_ptr + WIDTH, (out_high * factor).to(dtype), mask=is_q)
-
-
-@triton.jit
-def combine_kernel(
-    sinks_ptr,
-    out_ptr,
-    lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
-    combined_ptr,
-    query_start_ptr,
-    head_groups_ptr,
-    out_stride,
-    lse_stride,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-):
-    """Joins the chunks of one query tile in order and writes the output. Grid: (tiles in parts, local KV heads)."""
-    item_ptr = combined_ptr + tl.program_id(0) * 4
-    kv_head = tl.program_id(1)
-    num_kv_heads = tl.num_programs(1)
-    first_partial = tl.load(item_ptr + 2).to(tl.int64)
-    num_partials = tl.load(item_ptr + 3)
-    _, token, head, is_query, _ = _item_queries(
-        tl.load(item_ptr).to(tl.int64),
-        tl.load(item_ptr + 1),
-        query_start_ptr,
-        head_groups_ptr,
-        GROUP,
-        TILE_ROWS,
-    )
-    channel = tl.arange(0, CHANNELS)[None, :]
-    is_out = is_query[:, None] & (channel < HEAD_DIM)
-    out = tl.zeros([TILE_ROWS, CHANNELS], tl.float32)
-    weight = tl.zeros([TILE_ROWS], tl.float32)
-    top = tl.full([TILE_ROWS], NEVER, tl.float32)
-    for number in range(first_partial, first_partial + num_partials):
-        slot = (number * num_kv_heads + kv_head) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-        lse = tl.load(partial_lse_ptr + slot, mask=is_query, other=NEVER)
-        chunk_out = tl.load(partial_out_ptr + slot[:, None] * HEAD_DIM + channel, mask=is_out, other=0.0)
-        keep, add, weight, top = _join(weight, top, lse)
-        out = _add(out, keep, chunk_out, add)
-    factor = _finish(weight, top, token, head, is_query, sinks_ptr, lse_ptr, lse_stride)[:, None]
-    place = out_ptr + token[:, None] * out_stride + head[:, None] * HEAD_DIM + channel
-    tl.store(place, (out * factor).to(out_ptr.dtype.element_ty), mask=is_out)

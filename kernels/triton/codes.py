@@ -69,15 +69,14 @@ def encoded(x, scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def decoded(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """What is stored as numbers of DTYPE, each of them exact. Those of fp8 are 2**8 times too small.
-
-    For int4, `codes` are halves of bytes. The four exponent and three fraction bits of e4m3 are those of a float16
-    whose exponent is 8 too small; subnormal numbers too.
+    """Codes as numbers of DTYPE, each of them exact; those of fp8 are 2**8 times too small, those of int4 16 times too
+    large. An int4 code is the upper half of a byte, the lower half 0.
     """
     if FORMAT == "int4":
-        return (codes ^ 0x80).to(tl.int8, bitcast=True).to(DTYPE)
+        return (codes ^ 0x80).to(tl.int8, bitcast=True).to(DTYPE)  # 16 * (half - 8), without a subtraction
     elif FORMAT == "fp8":
-        # The sign fills the upper 9 bits and moves to bits 14 and 15; the exponent keeps bit 15 only.
+        # Exponent and fraction go where a float16 has them, whose exponents are 8 smaller; subnormal numbers follow
+        # suit. The sign fills the upper 9 of 16 bits and moves to bits 14 and 15, of which only 15 is kept.
         bits = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001
         return bits.to(tl.float16, bitcast=True).to(tl.float32).to(DTYPE)
     else:

@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 from kvshard.kernels.cache import CacheFormat
 from kvshard.kernels.tiles import ACTIVATION_BLOCK, attention_tiles, rotary_tile, row_tile
 from kvshard.kernels.triton.activation import gated_activation_kernel
-from kvshard.kernels.triton.attention_kernel import attention_kernel, combine_kernel
+from kvshard.kernels.triton.attention_kernel import attention_kernel
+from kvshard.kernels.triton.combine import combine_kernel
 from kvshard.kernels.triton.norm import add_rms_norm_kernel, rms_norm_kernel
 from kvshard.kernels.triton.rotary_kv_write import rotary_kv_write_kernel
 
@@ -82,7 +83,7 @@ def cases(bad: bool) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
 def attention_cases(
     format: CacheFormat, head_dim: int, bad: bool
 ) -> list[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Decode plain, prefill with a window, a soft cap, sinks and logsumexp."""
+    """Decode with sinks and logsumexp, prefill with a window and a soft cap."""
     out = []
     tiles = attention_tiles(head_dim, format, 2)
     for name, tile in (("decode", tiles.decode), ("prefill", tiles.prefill)):
@@ -97,9 +98,8 @@ def attention_cases(
             "CHUNK": tile.chunk,
             "UPCAST": False,
             **(NO_SCALES if format == "auto" else {}),
+            **dict.fromkeys(("cap_log2", "window") if name == "decode" else ("sinks_ptr", "lse_ptr")),
         }
-        if name == "decode":
-            constants |= dict.fromkeys(("sinks_ptr", "lse_ptr", "cap_log2", "window"))
         options = {"num_warps": 1 if bad else tile.num_warps, "num_stages": tile.num_stages}
         out.append((f"attention {name} {head_dim} {format}", attention_kernel, constants, options))
     return out

@@ -31,22 +31,31 @@ def triton_attention():
     return paged_attention
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("window", [None, 1, 31, 40], ids=lambda window: f"window {window}")
-def test_chunks_match_reference(triton_attention, triton_device, attention_case, dtype, window):
-    """Contexts at chunk edges, in parts (decode) and in one program (prefill), some chunks all hidden."""
-    case = attention_case(
-        (1, 3, 1, 1, 40), (32, 33, 97, 1, 100), q_per_kv=(2, 1), head_dim=24, dtype=dtype, window=window
-    )
-    got = case.run(triton_attention, triton_device, tiles=SMALL)
-    assert_within(got, case.run(reference.paged_attention), "attention")
-
-
 FORMATS = pytest.mark.parametrize(
     ("format", "dtype"),
     [("auto", torch.float32), ("auto", torch.bfloat16), ("int8", torch.bfloat16), ("int4", torch.float32)],
     ids=["f32", "bf16", "int8", "int4"],
 )
+
+
+@FORMATS
+@pytest.mark.parametrize("window", [None, 1, 31, 40], ids=lambda window: f"window {window}")
+def test_chunks_match_reference(triton_attention, triton_device, attention_case, format, dtype, window):
+    """Contexts at chunk edges, in parts (decode) and in one program (prefill), some chunks all hidden."""
+    case = attention_case(
+        (1, 3, 1, 1, 40),
+        (32, 33, 97, 1, 100),
+        q_per_kv=(2, 1),
+        head_dim=24,
+        dtype=dtype,
+        window=window,
+        with_sinks=window == 31,
+        format=format,
+    )
+    out, lse = case.run_with_lse(triton_attention, triton_device, tiles=SMALL)
+    expected, expected_lse = case.run_with_lse(reference.paged_attention)
+    assert_within(out, expected, "attention")
+    assert_within(lse, expected_lse, f"logsumexp of {str(dtype).removeprefix('torch.')}")
 
 
 def bits_equal(got, expected):
@@ -100,16 +109,20 @@ def test_cut_and_batched_on_cpu(attention_case, query_lens, context_lens, option
         begin += length
 
 
+@pytest.mark.parametrize("format", ["auto", "fp8", "int4"])
 @pytest.mark.parametrize("window", [None, 21], ids=lambda window: f"window {window}")
-def test_a_prompt_cut_into_steps(triton_attention, triton_device, attention_case, window):
+def test_a_prompt_cut_into_steps(triton_attention, triton_device, attention_case, window, format):
     """40 new tokens at once, and as steps of 1, 3, 16 and 20: decode tiles, prefill tiles, chunks in parts."""
-    case = attention_case((40,), (70,), q_per_kv=(3, 1), head_dim=24, window=window)
-    whole = case.run(triton_attention, triton_device, tiles=SMALL)
+    case = attention_case(
+        (40,), (70,), q_per_kv=(3, 1), head_dim=24, window=window, with_sinks=True, format=format
+    )
+    whole = case.run_with_lse(triton_attention, triton_device, tiles=SMALL)
     begin = 0
     for size in (1, 3, 16, 20):
         end = begin + size
         step = case.changed(q=case.q[begin:end], query_lens=(size,), context_lens=(30 + end,))
-        assert torch.equal(step.run(triton_attention, triton_device, tiles=SMALL), whole[begin:end])
+        got = step.run_with_lse(triton_attention, triton_device, tiles=SMALL)
+        assert bits_equal(got, [x[begin:end] for x in whole])
         begin = end
     assert begin == 40
 

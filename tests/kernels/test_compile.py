@@ -34,7 +34,7 @@ def misfits(reports):
 @pytest.mark.slow
 def test_no_kernel_spills(tmp_path):
     reports = compile_all(tmp_path)
-    assert len(reports) == 4 * (5 + 4 * 2 + 1)
+    assert len(reports) == 4 * (2 + 2 + 4 + 10 * 2 + 1)
     assert misfits(reports) == []
 
 
