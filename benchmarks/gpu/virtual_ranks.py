@@ -54,12 +54,14 @@ def all_ranks(part: Part, ranks: int, num_rows: int, hidden: int) -> Callable[[]
         first = residual[0].float() + x.float().sum(0)
         weight = torch.ones(hidden, device=part.device, dtype=torch.bfloat16)
         out = torch.empty_like(x)
-        data = torch.zeros(ranks, 2, num_rows, hidden, dtype=torch.bfloat16, device=part.device)
-        signals = torch.zeros(ranks, num_rows, ranks, dtype=torch.int64, device=part.device)
-        sequence = torch.zeros(ranks, num_rows, dtype=torch.int64, device=part.device)
-        tables = [
-            torch.tensor([t[r].data_ptr() for r in range(ranks)], device=part.device) for t in (data, signals)
-        ]
+        buffers = {
+            "data": torch.zeros(ranks, 2, num_rows, hidden, dtype=torch.bfloat16, device=part.device),
+            "signals": torch.zeros(ranks, num_rows, ranks, dtype=torch.int64, device=part.device),
+            "sequence": torch.zeros(ranks, num_rows, dtype=torch.int64, device=part.device),
+        }
+        for name in ("data", "signals"):
+            addresses = [buffers[name][rank].data_ptr() for rank in range(ranks)]
+            buffers[f"{name}_table"] = torch.tensor(addresses, dtype=torch.int64, device=part.device)
         block, warps = row_tile(hidden)
 
         def run(_: int) -> None:
@@ -68,10 +70,10 @@ def all_ranks(part: Part, ranks: int, num_rows: int, hidden: int) -> Callable[[]
                 residual,
                 weight,
                 out,
-                tables[0],
-                signals,
-                tables[1],
-                sequence,
+                buffers["data_table"],  # and with it what it points to lives as long as this function
+                buffers["signals"],
+                buffers["signals_table"],
+                buffers["sequence"],
                 num_rows,
                 hidden,
                 EPS,
