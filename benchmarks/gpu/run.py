@@ -162,7 +162,7 @@ def dry_run(runner: Runner, parts: list[str], output: Path) -> int:
     faults = report.faults(output, parts)
     for fault in faults:
         print(fault, file=sys.stderr)
-    num_rows = sum(len(part["rows"]) for part in report.read(output))
+    num_rows = sum(len(part["rows"]) for part in report.read(output) if part["benchmark"] in parts)
     outcome = f"{len(faults)} faults" if faults else "every row is there"
     print(f"dry run: {len(parts)} parts, {num_rows} rows, {outcome}, {time.monotonic() - start:.0f} s")
     return 1 if faults else 0
