@@ -1,26 +1,21 @@
 """Tiny random Llama checkpoints as transformers and llama.cpp write them, and the demo model."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import gguf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvshard.runtime.models.resolve import fetch_demo
 
-QUANT_TYPES = {
-    "F32": GGMLQuantizationType.F32,
-    "F16": GGMLQuantizationType.F16,
-    "BF16": GGMLQuantizationType.BF16,
-    "Q8_0": GGMLQuantizationType.Q8_0,
-    "Q4_0": GGMLQuantizationType.Q4_0,
-    "Q4_1": GGMLQuantizationType.Q4_1,
-}
+if TYPE_CHECKING:
+    import gguf
+
+QUANT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")  # names of GGMLQuantizationType
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +68,14 @@ def make_gguf(
     rope_factors: np.ndarray | None = None,
     rope_scaling: tuple[gguf.RopeScalingType, float] | None = None,
 ) -> Path:
-    """Write a model the way llama.cpp's converter does: its names, q and k rows interleaved, norms in F32."""
+    """Write a model the way llama.cpp's converter does: its names, q and k rows interleaved, norms in F32.
+
+    stored: one of QUANT_TYPES.
+    """
+    # Here, since the tests of the kernels load this file too, on GPU machines without gguf.
+    import gguf
+    from gguf.quants import quantize
+
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -101,7 +103,7 @@ def make_gguf(
         if "q_proj" in name or "k_proj" in name:
             halves = values.reshape(-1, 2, config.head_dim // 2, config.hidden_size)
             values = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
-        kind = QUANT_TYPES[stored] if values.ndim == 2 else GGMLQuantizationType.F32
+        kind = gguf.GGMLQuantizationType[stored if values.ndim == 2 else "F32"]
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(gguf_name, quantize(values, kind), raw_dtype=kind)
     if rope_factors is not None:

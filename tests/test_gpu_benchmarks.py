@@ -23,7 +23,7 @@ def lacking(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "lacking"
     for name in LACKING:
         (folder / name).mkdir(parents=True)
-        error = f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})\n"
+        error = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
         (folder / name / "__init__.py").write_text(error)
     return os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(folder)}
 

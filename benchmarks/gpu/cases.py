@@ -137,7 +137,7 @@ class Filled:
 
     def check(self, out: Tensor, bound: float) -> None:
         for tokens, expected in self.expected:
-            check(out.view(self.q.shape)[tokens], expected, bound)
+            check(out.reshape(self.q.shape)[tokens], expected, bound)
 
     def ours(self, format: ops.CacheFormat = "auto") -> Callable[[], Run]:
         """kvshard's attention."""

@@ -70,7 +70,7 @@ class Part:
         self._targets: list[Target] = []
         self._path = output / f"{name}.json"
         self._record = record.describe(name) | {"dry": dry}
-        self._record["versions"] |= {
+        self._record["versions"] |= {"cuda": torch.version.cuda} | {
             p: _version(p) for p in ("triton", "numpy", "transformers", "flashinfer-python")
         }
         self.save()
@@ -232,11 +232,12 @@ def sets_for(num_bytes: float, dry: bool) -> int:
     return 2 if dry else max(2, math.ceil(4 * _CACHE_BYTES / num_bytes))
 
 
-def check(got: Tensor, expected: Tensor, bound: float) -> None:
-    """Raises if ||got - expected|| / ||expected|| is over the bound; NaN is."""
-    error = (got.float() - expected.float()).norm() / expected.float().norm()
-    if not float(error) <= bound:
-        raise AssertionError(f"wrong by {float(error):.2g} of its norm, allowed are {bound:g}")
+def check(got: Tensor, expected: Tensor, bound: float) -> float:
+    """||got - expected|| / ||expected||. Raises if it is over the bound, or NaN."""
+    error = float((got.float() - expected.float()).norm() / expected.float().norm())
+    if not error <= bound:
+        raise AssertionError(f"wrong by {error:.2g} of its norm, allowed are {bound:g}")
+    return error
 
 
 def run_part(

@@ -94,7 +94,7 @@ def escaped(text: str) -> str:
 
 def faults(folder: Path, parts: list[str]) -> list[str]:
     """What a dry run must not leave: parts without a file, and rows that failed or did not run."""
-    by_name = {record["benchmark"]: record for record in read(folder)}
+    by_name = {record["benchmark"]: record for record in read(folder) if record["benchmark"] in parts}
     found = [f"{name}: no file" for name in parts if name not in by_name]
     for name, record in by_name.items():
         if not record["rows"]:
