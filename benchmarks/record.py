@@ -38,7 +38,9 @@ def describe(benchmark: str) -> dict[str, Any]:
 
 
 def _gpu() -> str | None:
-    torch = sys.modules.get("torch")  # not imported for this: some benchmarks measure processes that have no torch
+    torch = sys.modules.get(
+        "torch"
+    )  # not imported for this: some benchmarks measure processes that have no torch
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
