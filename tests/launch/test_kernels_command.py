@@ -24,7 +24,7 @@ def test_a_kernel_is_compiled_and_shown() -> None:
     result = invoke("--target", "sm_90", "--only", "silu")
     assert result.exit_code == 0, result.output
     assert "sm_90, 232,448 bytes of shared memory a block" in result.stdout
-    row = re.search(r"silu_mul 14336 +(\d+) +(\d+) +(\d+) +0% +(\d+) +(\d+)", result.stdout)
+    row = re.search(r"silu_mul 14336: gated_activation +(\d+) +(\d+) +(\d+) +0% +(\d+) +(\d+)", result.stdout)
     assert row is not None, result.stdout
     registers, spilled, shared, tensor_core, wide_loads = map(int, row.groups())
     assert registers > 8

@@ -48,14 +48,20 @@ def generate(engine: Engine) -> list[int]:
     return finished[0].output_token_ids
 
 
+def own_processes() -> set[psutil.Process]:
+    """All below this one. Another test's multiprocessing may have left its resource tracker."""
+    return set(psutil.Process().children(recursive=True))
+
+
 def test_one_shard_in_this_process(model: Path) -> None:
+    before = own_processes()
     with Engine.start(config_for(model, 1)) as engine:
         assert len(generate(engine)) == 8
         (health,) = engine.executor.health()
         assert (health.rank, health.last_step_id) == (0, 7)
         assert health.peak_memory_bytes > 1e6
         assert "test_one_shard_in_this_process" in engine.executor.stacks()[0]
-    assert not psutil.Process().children()
+    assert own_processes() <= before
 
 
 class ElsewhereLauncher(LocalLauncher):
@@ -66,6 +72,7 @@ class ElsewhereLauncher(LocalLauncher):
 
 
 def test_forked_shards_and_shards_over_tcp(model: Path) -> None:
+    before = own_processes()
     answers = []
     for launcher in (LocalLauncher(2), ElsewhereLauncher(2)):
         with Engine.start(config_for(model, 2), launcher=launcher) as engine:
@@ -80,7 +87,7 @@ def test_forked_shards_and_shards_over_tcp(model: Path) -> None:
             stacks = engine.executor.stacks()
             assert stacks.keys() == {0, 1}
             assert all("_run_plans" in stack and "kvshard-watch" in stack for stack in stacks.values())
-        assert not psutil.Process().children(recursive=True)
+        assert own_processes() <= before
     assert answers[0] == answers[1]
 
 
