@@ -1,117 +1,48 @@
 // Paged attention over rows of any length, for a cache of any format. Formulas and shapes: kernels/ops.py.
 //
 // A work item is some query positions of a row, all query heads of one KV head, and some chunks of its context. Keys and
-// values are widened to float32 a block at a time and then meet all queries of the item. Every query's numbers are
-// worked out in an order that depends on positions alone: a logit is a fused sum over the lanes of a register, folded in
-// one fixed way; blocks and chunks start at multiples of their length. So a query has the same bits alone and in any
-// batch, in a prompt of any cut, and with any number of threads.
+// values are read a block at a time and then meet all queries of the item: as bfloat16 in the processor's matrix unit,
+// where it has one and the queries are bfloat16, else as float32 in vectors. Every query's numbers are worked out in an
+// order that depends on positions alone: a logit is a sum over channels in one fixed order; blocks and chunks start at
+// multiples of their length. So a query has the same bits alone and in any batch, in a prompt of any cut, and with any
+// number of threads.
 
-#include <math.h>
-#include <stdlib.h>
-
-#include "products.h"
-
-enum { CHUNK = 512, MAX_ROWS = 32 };
-
-struct attention {
-    const void *q, *k, *v;             // k, v: [num_blocks, num_kv_heads, block_size, width]
-    const _Float16 *k_scale, *v_scale;  // [num_blocks, num_kv_heads, block_size] or null
-    void *out;                          // [num_tokens, num_q_heads, head_dim]
-    float *lse;                         // [num_tokens, num_q_heads] or null
-    const float *sinks;                 // [num_q_heads] or null
-    const int32_t *query_start, *context_lens, *block_tables, *first_head;  // [R + 1], [R], [R][..], [Hk + 1]
-    int64_t num_rows, num_q_heads, num_kv_heads, head_dim, block_size, table_stride;
-    int64_t q_stride, q_head_stride, lse_stride;
-    int64_t q_format, cache_format, window;  // window 0: all positions
-    int64_t num_threads;
-    double scale, soft_cap;  // soft_cap 0: none
-};
-
-#include "cache_rows.h"
+#define _GNU_SOURCE
+#include "amx.h"
+#include "floats.h"
 
 // Query positions first_query .. end_query - 1 of a row over some chunks. partial < 0: all chunks, writes the output.
 struct item {
     int32_t row, first_query, end_query, first_chunk, end_chunk, partial;
 };
 
-// What query heads have seen so far: sum of weights * values, sum of weights, and the logit that weights are relative to.
-// Logits are in base 2: exp(x) = 2^(x log2 e).
-struct state {
-    float out[MAX_ROWS][MAX_DIM], total[MAX_ROWS], top[MAX_ROWS];
-};
-
-static const double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
-
-static inline float exp2_1(float x) { return exp2_of(splat(x))[0]; }
-
 static void begin_state(struct state *s, int64_t rows, int64_t vectors) {
-    for (int64_t m = 0; m < rows; m++) {
-        memset(s->out[m], 0, (size_t)(vectors * LANES) * 4);
+    for (int64_t m = 0; m < rows; m++) memset(s->out[m], 0, (size_t)(vectors * LANES) * 4);
+    for (int64_t m = 0; m < MAX_ROWS; m++) {
         s->total[m] = 0;
         s->top[m] = -INFINITY;
     }
 }
 
-static inline void scale_row(float *x, float factor, int64_t vectors) {
-    for (int64_t c = 0; c < vectors; c++) store(x + c * LANES, load(x + c * LANES) * factor);
-}
-
-// Turns the products of one row into weights: scales, cap, mask, then 2^(x - top). Returns what fades the older ones.
-static float weigh(const struct attention *a, const struct tile *t, float *x, int64_t first, int64_t after, struct state *s, int64_t m) {
-    vf highest = splat(-INFINITY), total = {};
-    vi place;
-    for (int i = 0; i < LANES; i++) place[i] = i;
-    for (int64_t j = 0; j < BLOCK; j += LANES, place += LANES) {
-        vf logits = load(x + j);
-        if (a->k_scale) logits *= load(t->k_scale + j);
-        if (a->soft_cap > 0) {  // the queries hold a factor 2 / cap: cap tanh(y) = cap - 2 cap / (exp(2 y) + 1)
-            float cap = (float)(a->soft_cap * LOG2_E);
-            logits = cap - 2 * cap / (exp2_of(logits) + 1.0f);
-        }
-        logits = choose((place >= (int32_t)first) & (place < (int32_t)after), logits, splat(-INFINITY));
-        highest = larger(logits, highest);
-        store(x + j, logits);
-    }
-    float block_top = max_of(highest), top = block_top > s->top[m] ? block_top : s->top[m];
-    float origin = top == -INFINITY ? 0 : top;  // nothing is visible yet: -inf - -inf would be NaN
-    for (int64_t j = 0; j < BLOCK; j += LANES) {
-        vf weights = exp2_of(load(x + j) - origin);
-        total += weights;
-        store(x + j, a->v_scale ? weights * load(t->v_scale + j) : weights);
-    }
-    float fade = exp2_1(s->top[m] - origin);
-    s->total[m] = s->total[m] * fade + sum_of(total);
-    s->top[m] = top;
-    return fade;
-}
 
 // The softmax over one chunk, a block at a time (Dao, "FlashAttention-2", 2023). Normalised: top is the logsumexp.
-static void attend_chunk(
-    const struct attention *a, const struct item *it, int64_t kv_head, int64_t chunk, const float *q,
-    const int32_t *position, int64_t rows, int64_t vectors, struct tile *t, struct state *s
-) {
-    float p[MAX_ROWS * BLOCK];
-    int64_t end = min64((chunk + 1) * CHUNK, position[rows - 1] + 1), begin = chunk * CHUNK;
-    if (a->window) begin = max64(begin, position[0] + 1 - a->window);
-    begin_state(s, rows, vectors);
-    for (int64_t at = begin; at < end;) {
-        int64_t start = at / BLOCK * BLOCK, stop = min64(start + BLOCK, end);
-        read_block(a, it->row, kv_head, at, stop, vectors * LANES, t);
-        if (vectors == 4) logits_4(q, t->k, rows, vectors, p);
-        else if (vectors == 8) logits_8(q, t->k, rows, vectors, p);
-        else logits_any(q, t->k, rows, vectors, p);
-        for (int64_t m = 0; m < rows; m++) {
-            int64_t first = a->window ? max64(position[m] + 1 - a->window - start, 0) : 0;
-            int64_t after = min64(position[m] + 1 - start, stop - start);
-            float fade = weigh(a, t, p + m * BLOCK, first, after, s, m);
-            if (fade != 1) scale_row(s->out[m], fade, vectors);
-        }
-        add_values(s->out[0], p, t->v, rows, vectors);
-        at = stop;
-    }
-    for (int64_t m = 0; m < rows; m++) {
+static void attend_chunk(const struct attention *a, int64_t row, int64_t kv_head, int64_t chunk, const struct queries *q, struct state *s) {
+    int64_t end = min64((chunk + 1) * CHUNK, q->position[q->rows - 1] + 1), begin = chunk * CHUNK;
+    float gain = 1;
+    if (a->window) begin = max64(begin, q->position[0] + 1 - a->window);
+    begin_state(s, q->rows, a->vectors);
+#ifdef HAVE_AMX
+    if (a->tiles) {
+        gain = has_gain(a->cache_format) ? GAIN_OUT : 1;
+        for (int64_t at = begin, stop; at < end; at = stop)
+            meet_tiles(a, row, kv_head, at, stop = min64((at / BLOCK + 1) * BLOCK, end), q, s);
+    } else
+#endif
+        for (int64_t at = begin, stop; at < end; at = stop)
+            meet_floats(a, row, kv_head, at, stop = min64((at / BLOCK + 1) * BLOCK, end), q, s);
+    for (int64_t m = 0; m < q->rows; m++) {
         float total = s->total[m] == 0 ? 1 : s->total[m];  // 0: the query sees nothing of this chunk
-        scale_row(s->out[m], 1 / total, vectors);
+        scale_row(s->out[m], gain / total, a->vectors);
         s->top[m] += log2f(total);
     }
 }
@@ -152,48 +83,58 @@ static float *partial_of(const struct attention *a, float *partials, int64_t par
     return partials + (partial * a->num_q_heads + head) * width;
 }
 
-static void attend_item(const struct attention *a, const struct item *it, int64_t kv_head, float *partials, int64_t vectors) {
-    struct tile t;
-    struct state part, all;
-    float q[MAX_ROWS * MAX_DIM];
-    int32_t position[MAX_ROWS];
+static void read_queries(const struct attention *a, const struct item *it, int64_t first_head, int64_t heads, struct queries *q) {
     int64_t query_begin = a->query_start[it->row], query_len = a->query_start[it->row + 1] - query_begin;
-    int64_t start = a->context_lens[it->row] - query_len, padded = vectors * LANES;
-    float factor = (float)(a->soft_cap > 0 ? 2 * a->scale / a->soft_cap * LOG2_E : a->scale * LOG2_E);
+    int64_t start = a->context_lens[it->row] - query_len, padded = a->vectors * LANES;
+    float floats[MAX_ROWS * MAX_DIM], *out = a->tiles ? floats : q->floats;
+    q->factor = (float)(a->soft_cap > 0 ? 2 * a->scale / a->soft_cap * LOG2_E : a->scale * LOG2_E);
+    q->rows = (it->end_query - it->first_query) * heads;
+    memset(out, 0, (size_t)(q->rows * padded) * 4);
+    for (int64_t m = 0; m < q->rows; m++) {
+        int64_t query = it->first_query + m / heads;
+        int64_t at = (query_begin + query) * a->q_stride + (first_head + m % heads) * a->q_head_stride;
+        widen_flat(a->q_format, (const uint8_t *)a->q + at * (BITS[a->q_format] / 8), a->head_dim, out + m * padded);
+        q->position[m] = (int32_t)(start + query);
+    }
+    for (int64_t m = q->rows; m < MAX_ROWS; m++) q->position[m] = q->position[q->rows - 1];
+#ifdef HAVE_AMX
+    if (a->tiles) {
+        pair_queries(floats, q->rows, padded, has_gain(a->cache_format) ? GAIN_IN : 1, q->pairs);
+        shape_tiles(q->rows);
+    }
+#endif
+}
+
+static void attend_item(const struct attention *a, const struct item *it, int64_t kv_head, float *partials) {
+    struct state part, all;
+    struct queries q;
+    int64_t padded = a->vectors * LANES;
     for (int64_t head = a->first_head[kv_head]; head < a->first_head[kv_head + 1]; head += MAX_ROWS) {
         int64_t heads = min64(a->first_head[kv_head + 1] - head, MAX_ROWS);
-        int64_t rows = (it->end_query - it->first_query) * heads;
-        memset(q, 0, (size_t)(rows * padded) * 4);
-        for (int64_t m = 0; m < rows; m++) {
-            int64_t query = it->first_query + m / heads;
-            int64_t at = (query_begin + query) * a->q_stride + (head + m % heads) * a->q_head_stride;
-            widen_flat(a->q_format, (const uint8_t *)a->q + at * (BITS[a->q_format] / 8), a->head_dim, q + m * padded);
-            for (int64_t c = 0; c < a->head_dim; c++) q[m * padded + c] *= factor;
-            position[m] = (int32_t)(start + query);
-        }
-        begin_state(&all, rows, vectors);
+        read_queries(a, it, head, heads, &q);
+        begin_state(&all, q.rows, a->vectors);
         for (int64_t chunk = it->first_chunk; chunk < it->end_chunk; chunk++) {
-            attend_chunk(a, it, kv_head, chunk, q, position, rows, vectors, &t, &part);
-            for (int64_t m = 0; m < rows; m++) {
+            attend_chunk(a, it->row, kv_head, chunk, &q, &part);
+            for (int64_t m = 0; m < q.rows; m++) {
                 if (it->partial >= 0) {
                     float *out = partial_of(a, partials, it->partial + m / heads, head + m % heads, padded + 1);
                     memcpy(out, part.out[m], (size_t)padded * 4);
                     out[padded] = part.top[m];
-                } else join(&all, m, part.out[m], part.top[m], vectors);
+                } else join(&all, m, part.out[m], part.top[m], a->vectors);
             }
         }
-        for (int64_t m = 0; m < rows && it->partial < 0; m++)
-            write_row(a, &all, m, query_begin + it->first_query + m / heads, head + m % heads);
+        for (int64_t m = 0; m < q.rows && it->partial < 0; m++)
+            write_row(a, &all, m, a->query_start[it->row] + it->first_query + m / heads, head + m % heads);
     }
 }
 
-static void join_partials(const struct attention *a, const struct item *first, int64_t query, int64_t head, const float *partials, int64_t vectors) {
+static void join_partials(const struct attention *a, const struct item *first, int64_t query, int64_t head, const float *partials) {
     struct state all;
-    int64_t width = vectors * LANES + 1, num_queries = first->end_query - first->first_query;
-    begin_state(&all, 1, vectors);
+    int64_t width = a->vectors * LANES + 1, num_queries = first->end_query - first->first_query;
+    begin_state(&all, 1, a->vectors);
     for (int64_t chunk = 0; chunk < first->end_chunk; chunk++) {
         const float *x = partial_of(a, (float *)partials, first->partial + chunk * num_queries + query, head, width);
-        join(&all, 0, x, x[width - 1], vectors);
+        join(&all, 0, x, x[width - 1], a->vectors);
     }
     write_row(a, &all, 0, a->query_start[first->row] + query, head);
 }
@@ -227,23 +168,34 @@ static int64_t plan(const struct attention *a, struct item *items, struct item *
 }
 
 // 0, or 1 where memory ran out.
-int paged_attention(const struct attention *a) {
-    int64_t num_joined, num_partials, vectors = (a->head_dim + LANES - 1) / LANES, threads = a->num_threads;
+int paged_attention(const struct attention *arguments) {
+    struct attention shaped = *arguments, *a = &shaped;
+    int64_t padded = LANES, num_joined, num_partials, threads = a->num_threads;
+#ifdef HAVE_AMX
+    if ((a->tiles = takes_tiles(a))) padded = 32;
+#endif
+    a->vectors = (a->head_dim + padded - 1) / padded * padded / LANES;
     int64_t num_items = plan(a, 0, 0, &num_joined, &num_partials);
     size_t item_bytes = (size_t)(num_items + num_joined) * sizeof(struct item);
-    size_t partial_bytes = (size_t)(num_partials * a->num_q_heads * (vectors * LANES + 1)) * 4;
+    size_t partial_bytes = (size_t)(num_partials * a->num_q_heads * (a->vectors * LANES + 1)) * 4;
     struct item *items = malloc(item_bytes);
     float *partials = malloc(partial_bytes + 1);
     if (items && partials) {
         struct item *joined = items + num_items;
         plan(a, items, joined, &num_joined, &num_partials);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < num_items * a->num_kv_heads; i++)
-            attend_item(a, &items[i / a->num_kv_heads], i % a->num_kv_heads, partials, vectors);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+        {
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < num_items * a->num_kv_heads; i++)
+                attend_item(a, &items[i / a->num_kv_heads], i % a->num_kv_heads, partials);
+#ifdef HAVE_AMX
+            if (a->tiles) _tile_release();
+#endif
+        }
         for (int64_t i = 0; i < num_joined; i++)
             for (int64_t query = 0; query < joined[i].end_query; query++)
                 for (int64_t head = 0; head < a->num_q_heads; head++)
-                    join_partials(a, &joined[i], query, head, partials, vectors);
+                    join_partials(a, &joined[i], query, head, partials);
     }
     int failed = !items || !partials;
     free(items);

@@ -13,6 +13,7 @@ from .library import FORMAT_CODES, load
 from .torch_ops import paged_attention as torch_attention
 
 MAX_HEAD_DIM = 256
+FLAGS = ("-fopenmp", "-ffp-contract=fast")
 
 
 class _Arguments(ctypes.Structure):
@@ -28,6 +29,7 @@ class _Arguments(ctypes.Structure):
             for name in ("lse_stride", "q_format", "cache_format", "window", "num_threads")
         ),
         *((name, ctypes.c_double) for name in ("scale", "soft_cap")),
+        *((name, ctypes.c_int64) for name in ("tiles", "vectors")),
     )
 
 
@@ -43,7 +45,7 @@ def paged_attention(
     lse: Tensor | None = None,
 ) -> Tensor:
     """See `ops.paged_attention`."""
-    library = load("attention.c", "-fopenmp", "-ffp-contract=fast")
+    library = load("attention.c", *FLAGS)
     if library is None or q.dtype not in FORMAT_CODES or q.shape[2] > MAX_HEAD_DIM:
         return torch_attention(q, cache, meta, heads, scale, window, soft_cap, sinks, lse)
     arguments, _ = meta.prepare(

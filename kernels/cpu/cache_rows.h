@@ -1,7 +1,7 @@
 // Stored rows of the cache, of any format, as floats.
 
 #pragma once
-#include "products.h"
+#include "attention.h"
 
 static const int64_t BITS[] = {[FLOAT32] = 32, [BFLOAT16] = 16, [FLOAT16] = 16, [INT8] = 8, [FP8] = 8, [INT4] = 4};
 
@@ -52,7 +52,6 @@ static void widen_halves(const uint8_t *source, int64_t d, float *restrict out) 
     }
 }
 
-
 // `count` stored rows of one KV head, one behind the other, into rows of `padded` floats.
 static void widen_rows(
     const struct attention *a, const void *rows, int64_t row, int64_t count, int64_t padded, float *restrict out
@@ -70,33 +69,56 @@ static void widen_rows(
     }
 }
 
-struct tile {
-    float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM], k_scale[BLOCK], v_scale[BLOCK];
+// The stored row of the position `at` of a row; the next `*count` positions, up to `end`, are stored behind it.
+static inline int64_t stored_row(const struct attention *a, int64_t row, int64_t kv_head, int64_t at, int64_t end, int64_t *count) {
+    *count = min64(end, (at / a->block_size + 1) * a->block_size) - at;
+    int64_t block = a->block_tables[row * a->table_stride + at / a->block_size];
+    return (block * a->num_kv_heads + kv_head) * a->block_size + at % a->block_size;
+}
+
+struct scales {
+    float k[BLOCK], v[BLOCK];
+    float unused[LANES];  // a register may be read from any place
 };
 
-// Positions begin .. end - 1 of a row, all in one block, into their places; what is not read is zero.
-static void read_block(
-    const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, int64_t padded, struct tile *t
+// The scales of positions begin .. end - 1 of a row, all in one block, in their places; of the others zero.
+static void read_scales(
+    const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, float k_gain, float v_gain, struct scales *s
 ) {
-    int64_t first = begin % BLOCK, after = first + end - begin;
-    for (int i = 0; i < 2; i++) {
-        float *rows = i ? t->v : t->k, *scales = i ? t->v_scale : t->k_scale;
-        memset(rows, 0, (size_t)(first * padded) * 4);
-        memset(rows + after * padded, 0, (size_t)((BLOCK - after) * padded) * 4);
-        memset(scales, 0, sizeof t->k_scale);
-    }
-    for (int64_t at = begin; at < end;) {
-        int64_t count = min64(end, (at / a->block_size + 1) * a->block_size) - at, place = at % BLOCK;
-        int64_t block = a->block_tables[row * a->table_stride + at / a->block_size];
-        int64_t stored = (block * a->num_kv_heads + kv_head) * a->block_size + at % a->block_size;
-        widen_rows(a, a->k, stored, count, padded, t->k + place * padded);
-        widen_rows(a, a->v, stored, count, padded, t->v + place * padded);
-        if (a->k_scale)
-            for (int64_t j = 0; j < count; j++) {
-                t->k_scale[place + j] = (float)a->k_scale[stored + j];
-                t->v_scale[place + j] = (float)a->v_scale[stored + j];
-            }
-        at += count;
+    memset(s, 0, sizeof *s);
+    for (int64_t at = begin, count; at < end; at += count) {
+        int64_t stored = stored_row(a, row, kv_head, at, end, &count);
+        const _Float16 *k = a->k_scale + stored, *v = a->v_scale + stored;
+        float *k_out = s->k + at % BLOCK, *v_out = s->v + at % BLOCK;
+        int64_t j = 0;
+        for (; j + LANES <= count; j += LANES) {
+            store(k_out + j, load_f16(k + j) * k_gain);
+            store(v_out + j, load_f16(v + j) * v_gain);
+        }
+        for (; j < count; j++) {
+            k_out[j] = (float)k[j] * k_gain;
+            v_out[j] = (float)v[j] * v_gain;
+        }
     }
 }
 
+struct floats {
+    float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];
+};
+
+// Keys and values of positions begin .. end - 1 of a row, all in one block, in their places; of the others zero.
+static void read_floats(
+    const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, int64_t padded, struct floats *f
+) {
+    int64_t first = begin % BLOCK, after = first + end - begin;
+    for (int i = 0; i < 2; i++) {
+        float *rows = i ? f->v : f->k;
+        memset(rows, 0, (size_t)(first * padded) * 4);
+        memset(rows + after * padded, 0, (size_t)((BLOCK - after) * padded) * 4);
+    }
+    for (int64_t at = begin, count; at < end; at += count) {
+        int64_t stored = stored_row(a, row, kv_head, at, end, &count), place = at % BLOCK;
+        widen_rows(a, a->k, stored, count, padded, f->k + place * padded);
+        widen_rows(a, a->v, stored, count, padded, f->v + place * padded);
+    }
+}

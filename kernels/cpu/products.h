@@ -1,14 +1,11 @@
 // The two matrix products of attention over one block of positions, for a few query rows.
 
 #pragma once
-#include "vectors.h"
-
-enum { BLOCK = 64, MAX_DIM = 256 };
+#include "attention.h"
 
 // Lane i of the result is the sum over the lanes of x[i].
 static inline vf fold(vf x[LANES]) {
-    vi lane;
-    for (int i = 0; i < LANES; i++) lane[i] = i;
+    vi lane = lanes();
 #define FOLD(W)                                                                                    \
     if (W < LANES) {                                                                               \
         vi upper = (lane & W) != 0, other = (lane ^ W) + (upper & LANES);                          \
@@ -38,6 +35,12 @@ static inline vf fold(vf x[LANES]) {
 DEFINE_LOGITS(logits_any, vectors)
 DEFINE_LOGITS(logits_4, 4)
 DEFINE_LOGITS(logits_8, 8)
+
+static void logits(const float *q, const float *k, int64_t rows, int64_t vectors, float *out) {
+    if (vectors == 4) logits_4(q, k, rows, vectors, out);
+    else if (vectors == 8) logits_8(q, k, rows, vectors, out);
+    else logits_any(q, k, rows, vectors, out);
+}
 
 // out[m] += sum over the block's positions of p[m][j] * v[j], position by position; R rows at once, DV registers each.
 #define DEFINE_VALUES(NAME, R, DV)                                                                 \

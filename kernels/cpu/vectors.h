@@ -31,34 +31,41 @@ static inline vf load(const float *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
+static inline vi load_integers(const int32_t *p) {
+    vi v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf splat(float x) { return (vf){} + x; }
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+#if defined(__AVX512F__)
+static inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }  // b if either is NaN
+#else
 static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+#endif
+
+static inline vi lanes(void) {
+    vi lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    return lane;
+}
 
 static inline float sum_of(vf v) {  // always in this order
-    float s[LANES];
-    store(s, v);
-    for (int w = LANES / 2; w; w /= 2)
-        for (int i = 0; i < w; i++) s[i] += s[i + w];
-    return s[0];
+    for (int w = LANES / 2; w; w /= 2) v += __builtin_shuffle(v, lanes() ^ w);
+    return v[0];
 }
 static inline float max_of(vf v) {
-    float m[LANES];
-    store(m, v);
-    for (int w = LANES / 2; w; w /= 2)
-        for (int i = 0; i < w; i++) m[i] = m[i] > m[i + w] ? m[i] : m[i + w];
-    return m[0];
+    for (int w = LANES / 2; w; w /= 2) v = larger(v, __builtin_shuffle(v, lanes() ^ w));
+    return v[0];
 }
 
 // 2^x, to 2 units in the last place, up to 2^127; 0 below 2^-126, NaN for NaN. The polynomial is that of exp2f in Cephes
 // (Moshier), for an |f| of at most 1/2.
 static inline vf exp2_of(vf x) {
-    vf bounded = choose(x > -126.0f, x, splat(-126.0f));
-    bounded = choose(bounded < 127.0f, bounded, splat(127.0f));
+    vf bounded = -larger(splat(-127.0f), -x);
     vf shifted = bounded + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    vf f = bounded - (shifted - 12582912.0f);
-    vi n = (vi)shifted << 23;
+    vf whole = shifted - 12582912.0f, f = bounded - whole;
     vf p = splat(1.535336188319500e-4f);
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
@@ -66,7 +73,12 @@ static inline vf exp2_of(vf x) {
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
     p = p * f + 1.0f;
-    return choose(x > -126.0f, (vf)((vi)p + n), choose(x == x, (vf){}, x));
+#if defined(__AVX512F__)
+    __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);  // true for NaN
+    return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)whole);
+#else
+    return choose(x > -126.0f, (vf)((vi)p + ((vi)shifted << 23)), choose(x == x, (vf){}, x));
+#endif
 }
 
 // LANES small integers as 32-bit ones. GCC takes the general form apart into many steps where one instruction will do.

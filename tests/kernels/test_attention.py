@@ -1,12 +1,16 @@
 """Paged attention of each back end against the definition, on shapes chosen to be awkward."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tolerances import assert_within
 
 from kvshard.kernels import reference
 from kvshard.kernels.cache import KVLayer
+from kvshard.kernels.cpu import attention as cpu_attention
 from kvshard.kernels.metadata import AttentionMetadata
+from kvshard.kernels.native import load_library
 
 SHAPES = {
     "decode at block edges": {"query_lens": (1, 1, 1, 1), "context_lens": (1, 15, 16, 17)},
@@ -175,3 +179,20 @@ def test_nan_of_one_row_stays_there(backend, attention_case, format):
     got = case.run(backend.ops.paged_attention, backend.device)
     assert got[0].isnan().all()
     assert_within(got[1:], expected[1:], "attention")
+
+
+@pytest.mark.parametrize("format", ["auto", "int8", "fp8", "int4"])
+def test_cpu_without_a_matrix_unit(attention_case, monkeypatch, format):
+    """What processors without AMX run, bfloat16 in float32 vectors, also where there is one."""
+    library = load_library(
+        Path(cpu_attention.__file__).with_name("attention.c"), *cpu_attention.FLAGS, "-mno-amx-bf16"
+    )
+    if library is None:
+        pytest.skip("no compiler that knows -mno-amx-bf16")
+    monkeypatch.setattr(cpu_attention, "load", lambda *_: library)
+    for name in ("decode and prefill", "window inside a block", "head_dim 80"):
+        case = attention_case(**SHAPES[name], dtype=torch.bfloat16, format=format)
+        out, lse = case.run_with_lse(cpu_attention.paged_attention)
+        expected, expected_lse = case.run_with_lse(reference.paged_attention)
+        assert_within(out, expected, "attention")
+        assert_within(lse, expected_lse, "logsumexp of bfloat16")

@@ -81,8 +81,15 @@ def test_a_row_alone_and_in_a_batch(backend, attention_case, format, dtype):
         ((67, 65), (935, 105), {"q_per_kv": (4,), "head_dim": 64, "window": 30}),
         ((13, 37, 41), (51, 76, 41), {"q_per_kv": (4,), "head_dim": 128, "dtype": torch.float16}),
         ((40, 1), (1500, 2000), {"q_per_kv": (5,), "dtype": torch.bfloat16, "format": "fp8"}),
+        ((2, 16, 9), (700, 1200, 513), {"q_per_kv": (3, 3), "head_dim": 64, "dtype": torch.bfloat16}),
+        (
+            (35, 30),
+            (600, 105),
+            {"q_per_kv": (1, 4), "dtype": torch.bfloat16, "format": "int8", "window": 30, "soft_cap": 4.0},
+        ),
+        ((11, 1), (90, 530), {"q_per_kv": (2,), "head_dim": 80, "dtype": torch.bfloat16, "format": "int4"}),
     ],
-    ids=["few queries", "window", "f16", "fp8"],
+    ids=["few queries", "window", "f16", "fp8", "bf16", "bf16, int8, window", "bf16, int4"],
 )
 def test_cut_and_batched_on_cpu(attention_case, query_lens, context_lens, options):
     """Long contexts, several threads: a row alone, in a batch, and a query at a time."""

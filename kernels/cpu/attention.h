@@ -1,0 +1,49 @@
+// What the parts of paged attention hand each other.
+
+#pragma once
+#include <math.h>
+#include <stdlib.h>
+
+#include "vectors.h"
+
+// Positions are read by the block, which is 64 whatever the cache's own block size, and summed up by the chunk.
+enum { BLOCK = 64, CHUNK = 512, MAX_DIM = 256, MAX_ROWS = 32 };
+
+struct attention {
+    const void *q, *k, *v;             // k, v: [num_blocks, num_kv_heads, block_size, width]
+    const _Float16 *k_scale, *v_scale;  // [num_blocks, num_kv_heads, block_size] or null
+    void *out;                          // [num_tokens, num_q_heads, head_dim]
+    float *lse;                         // [num_tokens, num_q_heads] or null
+    const float *sinks;                 // [num_q_heads] or null
+    const int32_t *query_start, *context_lens, *block_tables, *first_head;  // [R + 1], [R], [R][..], [Hk + 1]
+    int64_t num_rows, num_q_heads, num_kv_heads, head_dim, block_size, table_stride;
+    int64_t q_stride, q_head_stride, lse_stride;
+    int64_t q_format, cache_format, window;  // window 0: all positions
+    int64_t num_threads;
+    double scale, soft_cap;  // soft_cap 0: none
+    int64_t tiles, vectors;  // worked out here: whether the matrix unit is used; registers of a row of floats
+};
+
+// The queries of an item, and a chunk's keys and values, as the products want them.
+struct queries {
+    union {
+        float floats[MAX_ROWS * MAX_DIM];         // [rows][channels]
+        uint32_t pairs[MAX_ROWS * MAX_DIM / 2];  // see amx_rows.h
+    };
+    float factor;  // from products to logits
+    int64_t rows;
+    int32_t position[MAX_ROWS];  // places beyond the last query repeat it
+};
+
+// What query heads have seen so far: sum of weights * values, sum of weights, and the logit that weights are relative to.
+// Logits are in base 2: exp(x) = 2^(x log2 e).
+struct state {
+    float out[MAX_ROWS][MAX_DIM], total[MAX_ROWS], top[MAX_ROWS];
+};
+
+static const double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
+
+static inline float exp2_1(float x) { return exp2_of(splat(x))[0]; }
+static inline void scale_row(float *x, float factor, int64_t vectors) {
+    for (int64_t c = 0; c < vectors; c++) store(x + c * LANES, load(x + c * LANES) * factor);
+}
