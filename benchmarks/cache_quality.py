@@ -1,6 +1,6 @@
 """What a quantised cache costs in quality, on the demo model and a page of plain English.
 
-Claim: int8 and fp8 are as good as the full cache; int4 is not, and the table says by how much.
+Claim: int8 and fp8 are as good as the full cache; int4 costs some, and the table says how much.
 
     python benchmarks/cache_quality.py
 

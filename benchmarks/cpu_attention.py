@@ -41,13 +41,16 @@ def filled_layers(
     for x in keys:
         layer = ops.KVLayer.empty(format, (rows * blocks + 1, NUM_KV, BLOCK_SIZE, HEAD_DIM), x.dtype, "cpu")
         flat = x.transpose(1, 2).reshape(-1, NUM_KV, HEAD_DIM)
-        angles = torch.zeros(1, HEAD_DIM)
-        angles[:, : HEAD_DIM // 2] = 1  # no turn
-        ops.rotary_kv_write(
-            flat.clone(), flat, flat, angles, torch.zeros(len(flat)).long(), layer, slots.reshape(-1)
-        )
+        write(flat.clone(), flat, layer, slots.reshape(-1))
         layers.append(layer)
     return layers
+
+
+def write(q: Tensor, kv: Tensor, layer: ops.KVLayer, slots: Tensor) -> None:
+    """Every token at position 0, where rotary turns nothing."""
+    no_turn = torch.zeros(1, HEAD_DIM)
+    no_turn[:, : HEAD_DIM // 2] = 1
+    ops.rotary_kv_write(q, kv, kv, no_turn, torch.zeros_like(slots), layer, slots)
 
 
 def variants(rows: int, context: int) -> dict[str, Callable[[int], object]]:
@@ -70,7 +73,9 @@ def variants(rows: int, context: int) -> dict[str, Callable[[int], object]]:
     )
 
     def paged(layers: list[ops.KVLayer]) -> Callable[[int], object]:
-        return lambda i: ops.paged_attention(q, layers[i], meta, heads, HEAD_DIM**-0.5)
+        own = q.clone()  # as keys of this format want them: the op that writes int4 keys mixes both
+        write(own, keys[0][:, :, 0].contiguous(), layers[0], torch.full((rows,), -1))
+        return lambda i: ops.paged_attention(own, layers[i], meta, heads, HEAD_DIM**-0.5)
 
     out: dict[str, Callable[[int], object]] = {
         "copy of K and V": lambda i: (target[0].copy_(keys[i]), target[1].copy_(values[i])),

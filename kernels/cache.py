@@ -29,7 +29,7 @@ class KVLayer:
                         int8   W = D codes, value = code * scale
                         fp8    W = D codes of float8_e4m3fn, value = code * scale
                         int4   W = D / 2 bytes: channel c in the low half, channel c + D / 2 in the high half of
-                               byte c, value = (half - 8) * scale
+                               byte c, value = (half - 7.5) * scale; keys are mixed over channels (see `ops`)
     k_scale, v_scale  [num_blocks, Hk, B] float16, contiguous; None with auto
     """
 

@@ -150,12 +150,15 @@ def rotary_kv_write(
     2. Heads of q and k turn by their token's position (RoPE, Su et al., 2021) with the "rotate half" pairing of
        GPT-NeoX and Hugging Face: with r = rotary_dim / 2, channels c and c + r form a pair (a, b), and c < r selects
        the angle:  a' = a cos - b sin,  b' = b cos + a sin.  Channels from rotary_dim on are left alone.
-    3. q is written back; k and v go to row (slot // B, h, slot % B) of the cache, in its format. With x a key or
+    3. For an int4 cache, q and k are then multiplied by one orthonormal matrix of Hadamard's, which leaves every q . k
+       as it was and spreads the few channels that are much larger than the others over many (QuaRot, Ashkboos et al.,
+       2024). Channels c and c + D / 2 become a + b and a - b; then, with n the largest power of two that divides
+       D / 2, channels at distances 1, 2, 4, ... n / 2 in each n of them likewise; all times (2 n)^-1/2.
+    4. q is written back; k and v go to row (slot // B, h, slot % B) of the cache, in its format. With x a key or
        value, every step in float32 and `round` to nearest even:
          int8  scale = f16(max|x| / 127),  code = clamp(round(x / scale), -127, 127)
          fp8   scale = f16(max|x| / 448),  code = e4m3(clamp(x / scale, -448, 448))
-         int4  scale = f16(m / -8), m the x of largest magnitude (the positive one of two),
-               code = clamp(round(x / scale), -8, 7) + 8; so m itself is met exactly (as in llama.cpp's Q4_0)
+         int4  scale = f16(max|x| / 7.5),  code = clamp(floor(x / scale), -8, 7) + 8, for the value (code - 7.5) scale
        A scale of 0 makes zeros. A NaN or infinity in x makes the scale NaN, so that the row stays visibly broken.
 
     q                [T, Hq, D], changed in place; k, v [T, Hk, D], not changed. One dtype; may be views of one

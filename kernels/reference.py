@@ -54,10 +54,13 @@ def rotary_kv_write(
         query, key = q[token].double(), k[token].double()
         if q_norm is not None and k_norm is not None:
             query, key = rms_norm(query, q_norm, eps), rms_norm(key, k_norm, eps)
-        q[token] = turned(query, cos_sin[position]).to(q.dtype)
+        query, key = turned(query, cos_sin[position]), turned(key, cos_sin[position])
+        if cache.format == "int4":
+            query, key = mixed(query), mixed(key)
+        q[token] = query.to(q.dtype)
         if slot >= 0:
             block, offset = divmod(slot, cache.block_size)
-            store(cache, block, offset, turned(key, cos_sin[position]), v[token])
+            store(cache, block, offset, key, v[token])
 
 
 def turned(heads: Tensor, cos_sin: Tensor) -> Tensor:
@@ -65,6 +68,18 @@ def turned(heads: Tensor, cos_sin: Tensor) -> Tensor:
     cos, sin = cos_sin.double().chunk(2)
     first, second, rest = heads.double().tensor_split([len(cos), 2 * len(cos)], dim=1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=1)
+
+
+def mixed(heads: Tensor) -> Tensor:
+    """Heads times the matrix of `ops.rotary_kv_write`. heads [H, D] -> [H, D] float64."""
+    half = heads.shape[1] // 2
+    run = half & -half
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < run:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    first, second = heads.double().chunk(2, dim=1)
+    runs = torch.cat([first + second, first - second], dim=1).unflatten(1, (-1, run))
+    return (runs @ matrix).flatten(1) / math.sqrt(2 * run)
 
 
 def store(cache: KVLayer, block: int, offset: int, key: Tensor, value: Tensor) -> None:
@@ -88,7 +103,7 @@ def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         case torch.float8_e4m3fn:
             scale = largest / 448
         case torch.uint8:
-            scale = torch.where(high >= -low, high, low) / -8
+            scale = largest / 7.5
         case _:
             raise AssertionError(f"no cache format has {dtype}")
     scale = (scale + broken).to(SCALE_DTYPE)
@@ -99,7 +114,7 @@ def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             return codes.round().clamp(-127, 127).to(torch.int8), scale
         case torch.float8_e4m3fn:
             return codes.clamp(-448, 448).to(torch.float8_e4m3fn), scale
-    low_half, high_half = (codes.round().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+    low_half, high_half = (codes.floor().clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
     return low_half | high_half << 4, scale
 
 
@@ -108,7 +123,7 @@ def dequantised(rows: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return rows.double()
     if rows.dtype == torch.uint8:
-        rows = torch.cat([rows & 15, rows >> 4], dim=-1).double() - 8
+        rows = torch.cat([rows & 15, rows >> 4], dim=-1).double() - 7.5
     return rows.double() * scale.double()[..., None]
 
 

@@ -105,15 +105,26 @@ class Filled:
         row = torch.repeat_interleave(torch.arange(len(lens), device=self.device), lens)
         block = self.meta.block_tables[row, position // shape.block_size].long()
         slots = block * shape.block_size + position % shape.block_size
-        no_turn = torch.zeros(1, shape.head_dim, device=self.device)
-        no_turn[:, : shape.head_dim // 2] = 1
         caches = []
         for k, v in zip(self.keys, self.values, strict=True):
             size = (self.num_blocks, shape.num_kv, shape.block_size, shape.head_dim)
             caches.append(ops.KVLayer.empty(format, size, k.dtype, self.device))
             # One query head that is of no use: keys and values are what is written.
-            ops.rotary_kv_write(k[:, :1].clone(), k, v, no_turn, torch.zeros_like(slots), caches[-1], slots)
+            self._write(k[:, :1].clone(), k, v, caches[-1], slots)
         return caches
+
+    def _write(self, q: Tensor, k: Tensor, v: Tensor, cache: ops.KVLayer, slots: Tensor) -> None:
+        """Every token at position 0, where rotary turns nothing."""
+        no_turn = torch.zeros(1, self.shape.head_dim, device=self.device)
+        no_turn[:, : self.shape.head_dim // 2] = 1
+        ops.rotary_kv_write(q, k, v, no_turn, torch.zeros_like(slots), cache, slots)
+
+    def queries(self, format: ops.CacheFormat) -> Tensor:
+        """The queries as keys of this format want them: the op that writes int4 keys mixes both."""
+        q = self.q.clone()
+        nowhere = torch.full((len(q),), -1, device=self.device)
+        self._write(q, self.keys[0][: len(q)], self.values[0][: len(q)], self.layers(format)[0], nowhere)
+        return q
 
     @cached_property
     def expected(self) -> list[tuple[Tensor, Tensor]]:
@@ -143,10 +154,10 @@ class Filled:
         """kvshard's attention."""
 
         def make() -> Run:
-            layers = self.layers(format)
+            layers, q = self.layers(format), self.queries(format)
 
             def run(i: int) -> Tensor:
-                return ops.paged_attention(self.q, layers[i % len(layers)], self.meta, self.heads, self.scale)
+                return ops.paged_attention(q, layers[i % len(layers)], self.meta, self.heads, self.scale)
 
             self.check(run(0), BOUNDS[format])
             return run

@@ -41,8 +41,8 @@ static inline __mmask32 first_of(int64_t n) { return n >= 32 ? ~(__mmask32)0 : n
 // Channels c .. c + 31 of a stored row of d channels, as bfloat16; those past d are zero. whole: none is.
 static inline __attribute__((always_inline)) __m512i load_halves(int64_t format, int whole, const uint8_t *row, int64_t d, int64_t c) {
     static const uint16_t NIBBLES[32] = {
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  // -8 .. -1
-        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,  // 0 .. 7
+        0xc0f0, 0xc0d0, 0xc0b0, 0xc090, 0xc060, 0xc020, 0xbfc0, 0xbf00,  // -7.5 .. -0.5
+        0x3f00, 0x3fc0, 0x4020, 0x4060, 0x4090, 0x40b0, 0x40d0, 0x40f0,  // 0.5 .. 7.5
     };
     __mmask32 inside = whole ? ~(__mmask32)0 : first_of(d - c);
     switch (format) {

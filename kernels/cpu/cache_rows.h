@@ -47,8 +47,8 @@ static void widen_halves(const uint8_t *source, int64_t d, float *restrict out) 
         store(out + c + d / 2, load_nibbles(source + c, 4));
     }
     for (; c < d / 2; c++) {
-        out[c] = (float)((int)(source[c] & 15) - 8);
-        out[c + d / 2] = (float)((int)(source[c] >> 4) - 8);
+        out[c] = (float)(source[c] & 15) - 7.5f;
+        out[c + d / 2] = (float)(source[c] >> 4) - 7.5f;
     }
 }
 

@@ -28,7 +28,7 @@ static void quantise(const float *x, int64_t d, int64_t format, void *rows, _Flo
     }
     for (int64_t c = 0; c < d; c++) broken += x[c] * 0;
     float largest = high >= -low ? high : -low;
-    float scale = format == INT8 ? largest / 127 : format == FP8 ? largest / 448 : (high >= -low ? high : low) / -8;
+    float scale = largest / (format == INT8 ? 127 : format == FP8 ? 448 : 7.5f);
     _Float16 stored = (_Float16)(scale + broken);
     scales[at] = stored;
     float divisor = (float)stored, keep = isfinite(divisor) && divisor != 0 ? 1 : 0;
@@ -44,11 +44,35 @@ static void quantise(const float *x, int64_t d, int64_t format, void *rows, _Flo
     } else {
         uint8_t *out = (uint8_t *)rows + at * (d / 2);
         for (int64_t c = 0; c < d / 2; c++) {
-            int first = (int)fminf(fmaxf(rintf(codes[c]), -8), 7) + 8;
-            int second = (int)fminf(fmaxf(rintf(codes[c + d / 2]), -8), 7) + 8;
+            int first = (int)fminf(fmaxf(floorf(codes[c]), -8), 7) + 8;
+            int second = (int)fminf(fmaxf(floorf(codes[c + d / 2]), -8), 7) + 8;
             out[c] = (uint8_t)(first | second << 4);
         }
     }
+}
+
+// Channels a and b become a + b and a - b, at distance d / 2 and then at 1, 2, 4, ... in each `run` of them. There is
+// room for a register behind x.
+static void mix(float *x, int64_t d) {
+    int64_t half = d / 2, run = half & -half;
+    float factor = 1 / sqrtf((float)(2 * run));
+    for (int64_t c = 0; c < half; c++) {
+        float first = x[c] * factor, second = x[c + half] * factor;
+        x[c] = first + second;
+        x[c + half] = first - second;
+    }
+    for (int64_t distance = 1; distance < run && distance < LANES; distance *= 2)
+        for (int64_t c = 0; c < d; c += LANES) {
+            vi other = lanes() ^ (int32_t)distance, is_second = (lanes() & (int32_t)distance) != 0;
+            vf here = load(x + c), there = __builtin_shuffle(here, other);
+            store(x + c, there + choose(is_second, -here, here));
+        }
+    for (int64_t distance = LANES; distance < run; distance *= 2)
+        for (int64_t c = 0; c < d; c += c % (2 * distance) == distance - LANES ? distance + LANES : LANES) {
+            vf first = load(x + c), second = load(x + c + distance);
+            store(x + c, first + second);
+            store(x + c + distance, first - second);
+        }
 }
 
 struct rotary {

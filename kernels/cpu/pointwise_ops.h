@@ -43,7 +43,7 @@ void NAME(rms_norm)(const T *x, T *residual, const T *weight, T *out, int64_t to
     }
 }
 
-// One head, normed and turned, as float32 in x.
+// One head, normed, turned and for int4 mixed, as float32 in x.
 static void NAME(turn)(const struct rotary *a, const T *head, const T *norm, const float *cos_sin, float *x) {
     int64_t d = a->head_dim, half = a->half;
     vf squares = {};
@@ -61,6 +61,7 @@ static void NAME(turn)(const struct rotary *a, const T *head, const T *norm, con
         x[c] = first * cosine - second * sine;
         x[c + half] = second * cosine + first * sine;
     }
+    if (a->cache_format == INT4) mix(x, d);
 }
 
 static void NAME(put)(const float *x, int64_t d, T *out) {

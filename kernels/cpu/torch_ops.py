@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,7 +64,7 @@ def _widened(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return rows.to(dtype)
     if rows.dtype == torch.uint8:
-        rows = torch.cat([rows & 15, rows >> 4], dim=-1).to(dtype) - 8
+        rows = torch.cat([rows & 15, rows >> 4], dim=-1).to(dtype) - 7.5
     return rows.to(dtype) * scale.to(dtype)[..., None]
 
 
@@ -91,7 +93,8 @@ def rotary_kv_write(
         if norm is not None:
             x = F.rms_norm(x, x.shape[-1:], norm.to(wide), eps)
         first, second, rest = x.tensor_split([half, 2 * half], dim=-1)
-        turned.append(torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1))
+        x = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        turned.append(_mixed(x) if cache.format == "int4" else x)
     q.copy_(turned[0])
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
@@ -106,6 +109,16 @@ def rotary_kv_write(
             scales[block, :, offset] = scale
 
 
+def _mixed(x: Tensor) -> Tensor:
+    """x [T, H, D] times the matrix of `ops.rotary_kv_write`."""
+    half = x.shape[-1] // 2
+    run = half & -half
+    for distance in (half, *(1 << power for power in range(run.bit_length() - 1))):
+        first, second = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+    return x * (1 / math.sqrt(2 * run))
+
+
 def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales as `ops.rotary_kv_write` defines them."""
     if x.shape[0] == 0:
@@ -114,18 +127,14 @@ def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             x.shape[:-1], dtype=torch.float16
         )
     low, high = x.amin(-1), x.amax(-1)
-    if dtype == torch.uint8:
-        largest, divisor = torch.where(high >= -low, high, low), -8.0
-    else:
-        largest, divisor = torch.maximum(high, -low), 127.0 if dtype == torch.int8 else 448.0
-    scale = (largest / divisor + (x * 0).sum(-1)).half()
+    divisor = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: 7.5}[dtype]
+    scale = (torch.maximum(high, -low) / divisor + (x * 0).sum(-1)).half()
     codes = torch.nan_to_num(x / scale.float()[..., None], nan=0.0, posinf=0.0, neginf=0.0)
     if dtype == torch.float8_e4m3fn:
         return codes.clamp_(-448, 448).to(dtype), scale
-    codes.round_()
     if dtype == torch.int8:
-        return codes.clamp_(-127, 127).to(dtype), scale
-    low_half, high_half = (codes.clamp_(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+        return codes.round_().clamp_(-127, 127).to(dtype), scale
+    low_half, high_half = (codes.floor_().clamp_(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
     return low_half | high_half << 4, scale
 
 

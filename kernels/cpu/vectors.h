@@ -132,8 +132,8 @@ static inline vf load_e4m3(const uint8_t *p) {
     vu bits = wide_u8(p);
     return (vf)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
 }
-// The lower (shift 0) or upper (4) halves of LANES bytes, minus 8.
-static inline vf load_nibbles(const uint8_t *p, int shift) { return to_float((vi)(wide_u8(p) >> shift & 15) - 8); }
+// The lower (shift 0) or upper (4) halves of LANES bytes, minus 7.5.
+static inline vf load_nibbles(const uint8_t *p, int shift) { return to_float((vi)(wide_u8(p) >> shift & 15)) - 7.5f; }
 static inline float from_f16(_Float16 h) { return (float)h; }
 static inline _Float16 to_f16(float f) { return (_Float16)f; }
 static inline float same(float f) { return f; }

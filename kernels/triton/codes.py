@@ -33,16 +33,9 @@ def scale_of(low, high, FORMAT: tl.constexpr):
     """The float16 scales [H] of rows whose channels are low and high [H, C] float32, padded with 0. NaN for a row that
     has one or an infinity: tl.max passes over NaN, a sum does not.
     """
-    if FORMAT == "int4":
-        largest = tl.max(tl.maximum(low, high), 1)
-        smallest = tl.min(tl.minimum(low, high), 1)
-        scale = tl.div_rn(tl.where(largest >= -smallest, largest, smallest), -8.0)
-    else:
-        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
-        if FORMAT == "int8":
-            scale = tl.div_rn(largest, 127.0)
-        else:
-            scale = tl.div_rn(largest, 448.0)
+    largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
+    LIMIT: tl.constexpr = 127.0 if FORMAT == "int8" else 448.0 if FORMAT == "fp8" else 7.5
+    scale = tl.div_rn(largest, LIMIT)
     return (scale + tl.sum(low * 0.0 + high * 0.0, 1)).to(tl.float16)
 
 
@@ -55,8 +48,7 @@ def encoded(x, scale, FORMAT: tl.constexpr):
         x = tl.minimum(tl.maximum(x, -127.0), 127.0)
         return ((x + ROUND_TO_INTEGER) - ROUND_TO_INTEGER).to(tl.int8)
     elif FORMAT == "int4":
-        x = tl.minimum(tl.maximum(x, -8.0), 7.0)
-        return ((x + ROUND_TO_INTEGER) - ROUND_TO_INTEGER + 8.0).to(tl.uint8)
+        return (tl.minimum(tl.maximum(tl.floor(x), -8.0), 7.0) + 8.0).to(tl.uint8)
     else:
         size = tl.minimum(tl.abs(x), 448.0)
         bits = size.to(tl.int32, bitcast=True)
@@ -73,7 +65,7 @@ def decoded(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     large. An int4 code is the upper half of a byte, the lower half 0.
     """
     if FORMAT == "int4":
-        return (codes ^ 0x80).to(tl.int8, bitcast=True).to(DTYPE)  # 16 * (half - 8), without a subtraction
+        return (codes ^ 0x88).to(tl.int8, bitcast=True).to(DTYPE)  # 16 * (half - 7.5), without a subtraction
     elif FORMAT == "fp8":
         # Exponent and fraction go where a float16 has them, whose exponents are 8 smaller; subnormal numbers follow
         # suit. The sign fills the upper 9 of 16 bits and moves to bits 14 and 15, of which only 15 is kept.

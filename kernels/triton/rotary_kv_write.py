@@ -13,73 +13,7 @@ from torch import Tensor
 from ..cache import KVLayer
 from ..tiles import rotary_tile
 from .codes import encoded, raw, scale_of
-
-
-@triton.jit
-def _norm_factor(heads_ptr, is_head, eps, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of some heads: pointers [H, 1] -> [H, 1]."""
-    channel = tl.arange(0, CHANNELS)[None, :]
-    x = tl.load(heads_ptr + channel, mask=is_head & (channel < HEAD_DIM), other=0.0).to(tl.float32)
-    return (1.0 / tl.sqrt(tl.sum(x * x, 1) / HEAD_DIM + eps))[:, None]
-
-
-@triton.jit
-def _normed(heads_ptr, channel, inside, factor, norm_ptr):
-    """Some channels of some heads as float32, and if there is a norm, times their factor and weight."""
-    x = tl.load(heads_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    if norm_ptr is not None:
-        x = x * factor * tl.load(norm_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _turn_queries(
-    q_ptr,
-    head_stride,
-    head,
-    is_head,
-    angles_ptr,
-    norm_ptr,
-    eps,
-    HEAD_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROTARY_HALF: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """In place: a thread holds both channels of its pairs before it writes either, and nobody else needs them."""
-    heads_ptr = q_ptr + head * head_stride
-    dtype = q_ptr.dtype.element_ty
-    factor = 1.0
-    if norm_ptr is not None:
-        factor = _norm_factor(heads_ptr, is_head, eps, HEAD_DIM, CHANNELS)
-        if 2 * ROTARY_HALF < HEAD_DIM:
-            channel = 2 * ROTARY_HALF + tl.arange(0, CHANNELS)[None, :]
-            inside = is_head & (channel < HEAD_DIM)
-            rest = _normed(heads_ptr, channel, inside, factor, norm_ptr)
-            tl.store(heads_ptr + channel, rest.to(dtype), mask=inside)
-    channel = tl.arange(0, LANES)[None, :]
-    turns = channel < ROTARY_HALF
-    inside = is_head & turns
-    cos = tl.load(angles_ptr + channel, mask=turns, other=0.0)
-    sin = tl.load(angles_ptr + ROTARY_HALF + channel, mask=turns, other=0.0)
-    first = _normed(heads_ptr, channel, inside, factor, norm_ptr)
-    second = _normed(heads_ptr, channel + ROTARY_HALF, inside, factor, norm_ptr)
-    tl.store(heads_ptr + channel, (first * cos - second * sin).to(dtype), mask=inside)
-    tl.store(heads_ptr + channel + ROTARY_HALF, (second * cos + first * sin).to(dtype), mask=inside)
-
-
-@triton.jit
-def _turned(heads_ptr, channel, inside, factor, norm_ptr, angles_ptr, ROTARY_HALF: tl.constexpr):
-    """These channels of some heads after turning; each meets the other channel of its pair."""
-    is_first = channel < ROTARY_HALF
-    turns = inside & (channel < 2 * ROTARY_HALF)
-    other = tl.where(is_first, channel + ROTARY_HALF, channel - ROTARY_HALF)
-    angle_ptr = angles_ptr + tl.where(is_first, channel, other)
-    cos = tl.load(angle_ptr, mask=turns, other=1.0)
-    sin = tl.load(angle_ptr + ROTARY_HALF, mask=turns, other=0.0)
-    x = _normed(heads_ptr, channel, inside, factor, norm_ptr)
-    y = _normed(heads_ptr, other, turns, factor, norm_ptr)
-    return x * cos + tl.where(is_first, -y, y) * sin
+from .heads import mix_queries, turn_queries, turned_halves
 
 
 @triton.jit
@@ -141,6 +75,7 @@ def rotary_kv_write_kernel(
     CHANNELS: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
     ROTARY_LANES: tl.constexpr,
+    MIX_STEPS: tl.constexpr,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
 ):
@@ -151,40 +86,59 @@ def rotary_kv_write_kernel(
 
     place = tl.arange(0, Q_HEADS)[:, None]
     q_head = tl.program_id(1).to(tl.int64) * q_share + place
-    _turn_queries(
-        q_ptr + token * q_stride,
-        q_head_stride,
-        q_head,
-        (place < q_share) & (q_head < num_q_heads),
-        angles_ptr,
-        q_norm_ptr,
-        eps,
-        HEAD_DIM,
-        CHANNELS,
-        ROTARY_HALF,
-        ROTARY_LANES,
-    )
+    heads_ptr = q_ptr + token * q_stride + q_head * q_head_stride
+    is_q_head = (place < q_share) & (q_head < num_q_heads)
+    # Lower and upper half of the channels: int4 puts one of each into a byte.
+    LANES: tl.constexpr = CHANNELS // 2
+    if FORMAT == "int4":
+        mix_queries(
+            heads_ptr,
+            is_q_head,
+            angles_ptr,
+            q_norm_ptr,
+            eps,
+            HEAD_DIM,
+            ROTARY_HALF,
+            MIX_STEPS,
+            Q_HEADS,
+            LANES,
+        )
+    else:
+        turn_queries(
+            heads_ptr,
+            is_q_head,
+            angles_ptr,
+            q_norm_ptr,
+            eps,
+            HEAD_DIM,
+            CHANNELS,
+            ROTARY_HALF,
+            ROTARY_LANES,
+        )
     if slot >= 0:
-        # Lower and upper half of the channels: int4 puts one of each into a byte.
         half: tl.constexpr = (HEAD_DIM + 1) // 2
-        LANES: tl.constexpr = CHANNELS // 2
         lane = tl.arange(0, LANES)[None, :]
         head = tl.program_id(1).to(tl.int64) * KV_HEADS + tl.arange(0, KV_HEADS)[:, None]
         is_head = head < num_kv_heads
-        is_low = is_head & (lane < half)
-        is_high = is_head & (lane < HEAD_DIM - half)
         row = ((slot // block_size) * num_kv_heads + head) * block_size + slot % block_size
 
-        keys_ptr = k_ptr + token * k_stride + head * k_head_stride
-        factor = 1.0
-        if k_norm_ptr is not None:
-            factor = _norm_factor(keys_ptr, is_head, eps, HEAD_DIM, CHANNELS)
-        low = _turned(keys_ptr, lane, is_low, factor, k_norm_ptr, angles_ptr, ROTARY_HALF)
-        high = _turned(keys_ptr, lane + half, is_high, factor, k_norm_ptr, angles_ptr, ROTARY_HALF)
+        low, high = turned_halves(
+            k_ptr + token * k_stride + head * k_head_stride,
+            is_head,
+            angles_ptr,
+            k_norm_ptr,
+            eps,
+            HEAD_DIM,
+            ROTARY_HALF,
+            MIX_STEPS,
+            KV_HEADS,
+            LANES,
+        )
         _store(low, high, k_cache_ptr, k_scale_ptr, row, is_head, HEAD_DIM, FORMAT, LANES)
 
         values_ptr = v_ptr + token * v_stride + head * v_head_stride
-        low = tl.load(values_ptr + lane, mask=is_low, other=0.0).to(tl.float32)
+        low = tl.load(values_ptr + lane, mask=is_head & (lane < half), other=0.0).to(tl.float32)
+        is_high = is_head & (lane < HEAD_DIM - half)
         high = tl.load(values_ptr + lane + half, mask=is_high, other=0.0).to(tl.float32)
         _store(low, high, v_cache_ptr, v_scale_ptr, row, is_head, HEAD_DIM, FORMAT, LANES)
 
@@ -204,7 +158,7 @@ def rotary_kv_write(
     """See `ops.rotary_kv_write`."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    rotary_half = cos_sin.shape[1] // 2
+    half, rotary_half = head_dim // 2, cos_sin.shape[1] // 2
     channels = max(triton.next_power_of_2(head_dim), 2)
     kv_heads = rotary_tile(num_kv_heads, channels)
     blocks = triton.cdiv(num_kv_heads, kv_heads)
@@ -239,7 +193,8 @@ def rotary_kv_write(
         CHANNELS=channels,
         ROTARY_HALF=rotary_half,
         ROTARY_LANES=max(triton.next_power_of_2(rotary_half), 1),
+        MIX_STEPS=(half & -half).bit_length() - 1 if cache.format == "int4" else None,
         Q_HEADS=triton.next_power_of_2(q_share),
         KV_HEADS=kv_heads,
-        num_warps=4,
+        num_warps=8 if cache.format == "int4" else 4,  # with 4, mixing 128 channels spills on sm_90
     )

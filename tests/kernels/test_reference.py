@@ -107,12 +107,13 @@ def test_codes_are_nearest(dtype, half_step):
 
 
 def test_int4_halves():
-    """Channels c and c + 2 share byte c; the largest magnitude becomes -8, whatever its sign."""
+    """Channels c and c + 2 share byte c; code n is the value (n - 7.5) * scale."""
     codes, scale = reference.quantised(
-        torch.tensor([[8.0, 1.0, -2.0, 0.0], [-8.0, 7.0, 3.0, 0.0]]), torch.uint8
+        torch.tensor([[7.5, 1.0, -2.0, 0.0], [-7.5, 7.0, 3.0, 0.0]]), torch.uint8
     )
-    assert scale.tolist() == [-1.0, 1.0]
-    assert codes.tolist() == [[0 | 10 << 4, 7 | 8 << 4], [0 | 11 << 4, 15 | 8 << 4]]
+    assert scale.tolist() == [1.0, 1.0]
+    assert codes.tolist() == [[15 | 6 << 4, 9 | 8 << 4], [0 | 11 << 4, 15 | 8 << 4]]
+    assert reference.dequantised(codes, scale)[0].tolist() == [7.5, 1.5, -1.5, 0.5]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8], ids=["int8", "fp8", "int4"])
@@ -185,3 +186,15 @@ def test_paged_attention(attention_case, window, soft_cap, with_sinks):
         with_sinks=with_sinks,
     )
     close(case.run(reference.paged_attention), naive_attention(case))
+
+
+@pytest.mark.parametrize("head_dim", [2, 24, 64, 80])
+def test_mixing_keeps_products_and_spreads_channels(head_dim):
+    q, k = torch.randn(2, 5, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(reference.mixed(q) @ reference.mixed(k).T, q @ k.T)
+    half = head_dim // 2
+    one = torch.zeros(1, head_dim)
+    one[0, head_dim - 1] = 1
+    spread = 2 * (half & -half)
+    assert reference.mixed(one).abs().amax() == pytest.approx(spread**-0.5)
+    assert (reference.mixed(one) != 0).sum() == spread

@@ -60,18 +60,18 @@ def test_heads_in_several_programs(device, num_q, num_kv, normed):
 
 
 def awkward_values(format):
-    """Rows [n, 256] with the scale 1 or -1 exactly: every code, the middles between codes, and their neighbours."""
+    """Rows [n, 256] with the scale 1 exactly: every code, the middles between codes, and their neighbours."""
     codes = {
         "int8": torch.arange(-127.0, 128),
         "fp8": torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float(),
-        "int4": torch.arange(-8.0, 8),
+        "int4": torch.arange(-7.5, 8),
     }[format]
     middles = (codes[1:] + codes[:-1]) / 2
     signs = torch.tensor([1.0, -1.0]) if format == "fp8" else torch.ones(1)
     values = torch.cat([codes, middles, middles.nextafter(codes[1:]), middles.nextafter(codes[:-1])])
     values = (values * signs[:, None]).flatten()
     rows = torch.nn.functional.pad(values, (0, -len(values) % 255)).view(-1, 255)
-    largest = {"int8": 127.0, "fp8": 448.0, "int4": -8.0}[format]
+    largest = {"int8": 127.0, "fp8": 448.0, "int4": 7.5}[format]
     return torch.nn.functional.pad(rows, (0, 1), value=largest)
 
 

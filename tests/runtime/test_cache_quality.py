@@ -6,8 +6,8 @@ from cache_quality import measure
 
 from kvshard.kernels import reference
 
-# Measured: int8 +0.07 % and 98.8 %, fp8 +0.7 % and 95.4 %, int4 +23 % and 74 %. The bounds leave a third of that again.
-BOUNDS = {"int8": (1.003, 0.98), "fp8": (1.01, 0.94), "int4": (1.31, 0.70)}
+# Measured: int8 +0.07 % and 98.8 %, fp8 +0.7 % and 95.4 %, int4 +4.9 % and 86 %. The bounds leave a third of that again.
+BOUNDS = {"int8": (1.003, 0.98), "fp8": (1.01, 0.94), "int4": (1.065, 0.81)}
 
 
 def test_perplexity_and_greedy_tokens() -> None:
@@ -19,7 +19,7 @@ def test_perplexity_and_greedy_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("format", "dtype", "bound"),
-    [("int8", torch.int8, 0.01), ("fp8", torch.float8_e4m3fn, 0.04), ("int4", torch.uint8, 0.17)],
+    [("int8", torch.int8, 0.01), ("fp8", torch.float8_e4m3fn, 0.04), ("int4", torch.uint8, 0.12)],
 )
 def test_error_of_a_value(format: str, dtype: torch.dtype, bound: float) -> None:
     """Root mean square error of what is read back, relative to the values', for normally distributed ones."""
