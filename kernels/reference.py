@@ -78,7 +78,7 @@ def mixed(heads: Tensor) -> Tensor:
     while len(matrix) < run:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
     first, second = heads.double().chunk(2, dim=1)
-    runs = torch.cat([first + second, first - second], dim=1).unflatten(1, (-1, run))
+    runs: Tensor = torch.cat([first + second, first - second], dim=1).unflatten(1, (-1, run))
     return (runs @ matrix).flatten(1) / math.sqrt(2 * run)
 
 
