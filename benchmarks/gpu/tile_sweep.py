@@ -100,11 +100,11 @@ def attend(filled: Filled, format: CacheFormat, tiles: AttentionTiles) -> Callab
             from kvshard.kernels.triton.attention import paged_attention
         except ImportError as error:
             raise NotHereError(f"{error.name} is missing") from error
-        layers = filled.layers(format)
+        layers, q = filled.layers(format), filled.queries(format)
 
         def run(i: int) -> torch.Tensor:
             layer = layers[i % len(layers)]
-            return paged_attention(filled.q, layer, filled.meta, filled.heads, filled.scale, tiles=tiles)
+            return paged_attention(q, layer, filled.meta, filled.heads, filled.scale, tiles=tiles)
 
         filled.check(run(0), BOUNDS[format])
         return run
