@@ -157,7 +157,7 @@ static void group_values(float *out, const float *fade, const uint16_t *weights,
 }
 
 // Queries meet the keys and values of positions begin .. end - 1, all in one block.
-static void meet_tiles(const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, const struct queries *q, struct state *s) {
+static void meet_tiles(const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, const struct queries *q, struct ahead *ahead, struct state *s) {
     struct halves b;
     struct scales scales;
     _Alignas(64) float x[BLOCK * 16], fade[16];
@@ -165,10 +165,13 @@ static void meet_tiles(const struct attention *a, int64_t row, int64_t kv_head, 
     int64_t padded = a->vectors * LANES, columns = columns_of(q->rows);
     int small = has_gain(a->cache_format);
     if (a->k_scale) read_scales(a, row, kv_head, begin, end, small ? GAIN_OUT : 1, small ? GAIN_IN : 1, &scales);
+    fetch_some(a, ahead);
     read_halves(a, row, kv_head, begin, end, &b);
+    fetch_some(a, ahead);
     const float *v_scale = a->k_scale ? scales.v : NULL;
     for (int64_t m = 0; m < q->rows; m += columns) {
         group_products(q->pairs + m * padded / 2, b.keys, columns, padded, x);
+        fetch_some(a, ahead);
         if (columns == 4) {
             weigh_group(a, q, &scales, begin, m, 4, x, fade, s);
             turn_weights(x, v_scale, 4, weights);
@@ -176,6 +179,7 @@ static void meet_tiles(const struct attention *a, int64_t row, int64_t kv_head, 
             weigh_group(a, q, &scales, begin, m, 16, x, fade, s);
             turn_weights(x, v_scale, 16, weights);
         }
+        fetch_some(a, ahead);
         group_values(s->out[m], fade, weights, b.v, min64(q->rows - m, columns), padded);
     }
 }

@@ -31,15 +31,18 @@ static void attend_chunk(const struct attention *a, int64_t row, int64_t kv_head
     float gain = 1;
     if (a->window) begin = max64(begin, q->position[0] + 1 - a->window);
     begin_state(s, q->rows, a->vectors);
+    for (int64_t at = begin, stop; at < end; at = stop) {
+        stop = min64((at / BLOCK + 1) * BLOCK, end);
+        struct ahead ahead = {row, kv_head, stop, min64(stop + BLOCK, end)};
 #ifdef HAVE_AMX
-    if (a->tiles) {
-        gain = has_gain(a->cache_format) ? GAIN_OUT : 1;
-        for (int64_t at = begin, stop; at < end; at = stop)
-            meet_tiles(a, row, kv_head, at, stop = min64((at / BLOCK + 1) * BLOCK, end), q, s);
-    } else
+        if (a->tiles) {
+            gain = has_gain(a->cache_format) ? GAIN_OUT : 1;
+            meet_tiles(a, row, kv_head, at, stop, q, &ahead, s);
+            continue;
+        }
 #endif
-        for (int64_t at = begin, stop; at < end; at = stop)
-            meet_floats(a, row, kv_head, at, stop = min64((at / BLOCK + 1) * BLOCK, end), q, s);
+        meet_floats(a, row, kv_head, at, stop, q, &ahead, s);
+    }
     for (int64_t m = 0; m < q->rows; m++) {
         float total = s->total[m] == 0 ? 1 : s->total[m];  // 0: the query sees nothing of this chunk
         scale_row(s->out[m], gain / total, a->vectors);
@@ -103,6 +106,15 @@ static void read_queries(const struct attention *a, const struct item *it, int64
         shape_tiles(q->rows);
     }
 #endif
+}
+
+// The first block that an item reads.
+static void fetch_first(const struct attention *a, const struct item *it, int64_t kv_head) {
+    int64_t query_len = a->query_start[it->row + 1] - a->query_start[it->row], context_len = a->context_lens[it->row];
+    int64_t begin = it->first_chunk * CHUNK;
+    if (a->window) begin = max64(begin, context_len - query_len + it->first_query + 1 - a->window);
+    struct ahead ahead = {it->row, kv_head, begin, min64((begin / BLOCK + 1) * BLOCK, context_len)};
+    while (ahead.at < ahead.end) fetch_some(a, &ahead);
 }
 
 static void attend_item(const struct attention *a, const struct item *it, int64_t kv_head, float *partials) {
@@ -186,8 +198,12 @@ int paged_attention(const struct attention *arguments) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < num_items * a->num_kv_heads; i++)
+            for (int64_t i = 0; i < num_items * a->num_kv_heads; i++) {
+                int64_t later = i + threads;  // what this thread will probably do next
+                if (later < num_items * a->num_kv_heads)
+                    fetch_first(a, &items[later / a->num_kv_heads], later % a->num_kv_heads);
                 attend_item(a, &items[i / a->num_kv_heads], i % a->num_kv_heads, partials);
+            }
 #ifdef HAVE_AMX
             if (a->tiles) _tile_release();
 #endif

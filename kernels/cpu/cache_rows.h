@@ -76,6 +76,28 @@ static inline int64_t stored_row(const struct attention *a, int64_t row, int64_t
     return (block * a->num_kv_heads + kv_head) * a->block_size + at % a->block_size;
 }
 
+// Positions of a row that will be read next. Blocks lie anywhere in memory, so only we know where; asked for in time, they
+// are in the processor's cache when their turn comes. Some at a time, between other work: few requests can be under way.
+struct ahead {
+    int64_t row, kv_head, at, end;
+};
+static void fetch_some(const struct attention *a, struct ahead *ahead) {
+    enum { SOME = 16, TO_L2 = 2 };
+    int64_t bytes = a->head_dim * BITS[a->cache_format] / 8, end = min64(ahead->at + SOME, ahead->end);
+    for (int64_t count; ahead->at < end; ahead->at += count) {
+        int64_t stored = stored_row(a, ahead->row, ahead->kv_head, ahead->at, end, &count);
+        const char *k = (const char *)a->k + stored * bytes, *v = (const char *)a->v + stored * bytes;
+        for (int64_t i = 0; i < count * bytes; i += 64) {
+            __builtin_prefetch(k + i, 0, TO_L2);
+            __builtin_prefetch(v + i, 0, TO_L2);
+        }
+        if (a->k_scale) {
+            __builtin_prefetch(a->k_scale + stored, 0, TO_L2);
+            __builtin_prefetch(a->v_scale + stored, 0, TO_L2);
+        }
+    }
+}
+
 struct scales {
     float k[BLOCK], v[BLOCK];
     float unused[LANES];  // a register may be read from any place
