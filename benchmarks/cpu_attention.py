@@ -28,7 +28,8 @@ from kvshard.kernels import ops
 Q_PER_KV, NUM_KV, HEAD_DIM, BLOCK_SIZE = 3, 3, 64, 16
 NUM_LAYERS = 4
 WARM_UP = 5
-FORMATS: tuple[ops.CacheFormat, ...] = ("auto", "int8", "fp8", "int4")
+# Largest absolute errors against float32 attention: what normal keys and values leave of a format's steps, and half more.
+BOUNDS: dict[ops.CacheFormat, float] = {"auto": 0.02, "int8": 0.02, "fp8": 0.05, "int4": 0.2}
 
 
 def filled_layers(
@@ -81,10 +82,10 @@ def variants(rows: int, context: int) -> dict[str, Callable[[int], object]]:
         "copy of K and V": lambda i: (target[0].copy_(keys[i]), target[1].copy_(values[i])),
         "torch, contiguous": lambda i: F.scaled_dot_product_attention(grouped, keys[i], values[i]),
     }
-    for format in FORMATS:
+    for format in BOUNDS:
         run = paged(filled_layers(format, tables, context, keys))
         error = (run(0).float() - expected).abs().max()  # type: ignore[attr-defined]
-        assert error < (0.2 if format == "int4" else 0.02), f"{format}: off by {error}"
+        assert error < BOUNDS[format], f"{format}: off by {error}"
         out["bfloat16" if format == "auto" else format] = run
     return out
 
