@@ -48,25 +48,26 @@ class _Row:
     prefill_rows: int
     prefill_warps: int
     prefill_stages: int = 2
+    decode_warps: int = 4
     decode_stages: int = 2
 
 
 # (largest head dimension, cache format) -> tiles. What bounds them is registers: a tile of codes is held twice, as
-# bytes and as numbers, so int8 and fp8 go no wider than 64 positions, and prefill rows are half of those of `auto`.
-# Warps and stages are what ptxas makes of it: each row has the numbers that spill on no target. Two stages of decode
-# fit the 64 KiB of shared memory that a block has on AMD; a third one spills on sm_90 for most formats.
+# bytes and as numbers, so int8 and fp8 go no wider than 64 positions, and prefill tiles are low.
+# Warps and stages are what the compilers make of it: each row has the numbers that spill on no target with Triton 3.6,
+# 3.7 or 3.9, and fit the 64 KiB of shared memory that a block has on AMD.
 _ATTENTION: dict[tuple[int, CacheFormat], _Row] = {
-    (64, "auto"): _Row(64, 64, 4),
-    (64, "int8"): _Row(64, 32, 4, 3),
+    (64, "auto"): _Row(64, 32, 8),
+    (64, "int8"): _Row(64, 32, 8, 3),
     (64, "fp8"): _Row(64, 32, 4),
     (64, "int4"): _Row(64, 32, 4),
-    (128, "auto"): _Row(64, 32, 8),
+    (128, "auto"): _Row(64, 32, 8, decode_warps=8),
     (128, "int8"): _Row(64, 32, 8),
-    (128, "fp8"): _Row(64, 32, 8),
+    (128, "fp8"): _Row(64, 32, 8, decode_stages=3),
     (128, "int4"): _Row(64, 32, 8, decode_stages=3),
     (256, "auto"): _Row(32, 32, 8),
-    (256, "int8"): _Row(32, 32, 8),
-    (256, "fp8"): _Row(32, 32, 8),
+    (256, "int8"): _Row(32, 32, 8, decode_warps=8),
+    (256, "fp8"): _Row(32, 32, 8, decode_warps=8, decode_stages=3),
     (256, "int4"): _Row(32, 32, 8),
 }
 
@@ -81,7 +82,7 @@ def attention_tiles(head_dim: int, format: CacheFormat, element_size: int) -> At
     # float32 takes twice the room of the 16 bits that the rows were chosen for.
     block_n = 32 if element_size > 2 and head_dim > 64 else row.block_n
     return AttentionTiles(
-        decode=AttentionTile(16, block_n, 512, num_warps=4, num_stages=row.decode_stages),
+        decode=AttentionTile(16, block_n, 512, num_warps=row.decode_warps, num_stages=row.decode_stages),
         prefill=AttentionTile(
             row.prefill_rows, block_n, 512, num_warps=row.prefill_warps, num_stages=row.prefill_stages
         ),
