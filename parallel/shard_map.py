@@ -148,9 +148,12 @@ class ShardMap:
         """The ranks that hold this KV head, in rank order; several when it is replicated."""
         return tuple(shard.rank for shard in self.shards if kv_head in shard.kv_heads)
 
-    def kv_bytes_per_token(self, rank: int, dtype_bytes: int) -> int:
-        """Bytes of K and V that one token takes in this rank's cache, over all layers."""
-        return 2 * self.dims.num_layers * len(self.shards[rank].kv_heads) * self.dims.head_dim * dtype_bytes
+    def kv_bytes_per_token(self, rank: int, row_bytes: int) -> int:
+        """Bytes of K and V that one token takes in this rank's cache, over all layers.
+
+        row_bytes: of one key, or value, of one head.
+        """
+        return 2 * self.dims.num_layers * len(self.shards[rank].kv_heads) * row_bytes
 
     def decode_bytes(self, rank: int, dtype_bytes: int) -> int:
         """Weight bytes this rank reads per decode step: qkv, o, gate, up, down and the LM head.

@@ -25,7 +25,11 @@ class _Section(BaseModel):
 class CacheConfig(_Section):
     """The KV cache."""
 
-    dtype: Literal["auto"] = Field("auto", description="element type of K and V; auto: the model's dtype")
+    dtype: Literal["auto", "int8", "fp8", "int4"] = Field(
+        "auto",
+        description="element type of K and V; auto: the model's dtype; the others take 1, 1 and 1/2 bytes a channel and "
+        "2 bytes of scale for each key and value of a head",
+    )
     block_size: int = Field(16, ge=1, le=256, description="tokens a block")
     num_blocks: int | None = Field(
         None, ge=2, description="blocks of the cache; null: as many as memory_fraction allows"

@@ -3,7 +3,8 @@
 Per shard, in bytes:
 
     weights   = storage of its parameters, aliases once                            (exact)
-    KV        = num_blocks * block_size * 2 * layers * local KV heads * head_dim * cache dtype   (exact)
+    KV        = num_blocks * block_size * 2 * layers * local KV heads * row                     (exact)
+      row         = head_dim * dtype; with cache.dtype int8 or fp8 head_dim + 2, with int4 head_dim / 2 + 2: codes and scale
     reserve   = activations + logits + rotary tables + runtime                     (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
       logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copies, room for sampling in torch
@@ -30,6 +31,7 @@ from ..models.spec import ModelSpec
 
 DeviceKind = Literal["cpu", "cuda"]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SCALE_BYTES = 2
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
 
 _MIB = 2**20
@@ -101,6 +103,13 @@ def resolve_dtype(dtype: str, device_kind: DeviceKind) -> str:
     return "bfloat16" if device_kind == "cuda" else "float32"
 
 
+def cache_row_bytes(cache_dtype: str, head_dim: int) -> int:
+    """Bytes of one key, or value, of one head: its channels, and the float16 scale of the quantised formats."""
+    if cache_dtype in DTYPE_BYTES:
+        return head_dim * DTYPE_BYTES[cache_dtype]
+    return (head_dim // 2 if cache_dtype == "int4" else head_dim) + SCALE_BYTES
+
+
 def host_memory_bytes() -> int:
     """Memory of this host, or of the container it is seen from when that is less."""
     total: int = psutil.virtual_memory().total
@@ -131,14 +140,15 @@ def plan_memory(
     """
     world_size = shard_map.world_size
     dtype = resolve_dtype(config.dtype, device_kind)
-    cache_dtype = dtype
+    cache_dtype = dtype if config.cache.dtype == "auto" else config.cache.dtype
     fraction = memory_fraction(config.cache, device_kind)
     memories = _per_rank(device_memory_bytes, world_size)
     longest = config.scheduler.max_model_len or spec.max_position_embeddings
     reserve = reserve_bytes(config, spec, shard_map, device_kind)
 
     weights = [weight_bytes(spec, shard, DTYPE_BYTES[dtype]) for shard in shard_map.shards]
-    per_token = [shard_map.kv_bytes_per_token(rank, DTYPE_BYTES[cache_dtype]) for rank in range(world_size)]
+    row_bytes = cache_row_bytes(cache_dtype, spec.head_dim)
+    per_token = [shard_map.kv_bytes_per_token(rank, row_bytes) for rank in range(world_size)]
     usable = [None if memory is None else int(fraction * memory) for memory in memories]
     fitting = [
         max(0, room - held - reserve) // (token_bytes * config.cache.block_size)
@@ -274,6 +284,8 @@ def _spare_blocks(shard: ShardPlan) -> float:
 
 def _more_room(config: JobConfig, spec: ModelSpec, fraction: float) -> str:
     size, room = config.tensor_parallel_size, f"cache.memory_fraction={fraction:g}"
+    if config.cache.dtype == "auto":
+        room += ", or set cache.dtype: int8"
     if size == spec.num_q_heads:
         return f"raise {room}"
     return f"raise tensor_parallel_size={size} (up to {spec.num_q_heads}) or {room}"

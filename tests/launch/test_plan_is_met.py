@@ -21,6 +21,9 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {}, {"dtype": "bfloat16", "cache": {"num_blocks": 7, "block_size": 32}}),
     (4, {"num_key_value_heads": 2}, {"cache": {"num_blocks": 11}}),
     (5, {"num_key_value_heads": 1, "intermediate_size": 100}, {"cache": {"num_blocks": 2}}),
+    (1, {}, {"cache": {"dtype": "int8"}}),
+    (1, {}, {"dtype": "bfloat16", "cache": {"dtype": "fp8", "num_blocks": 7}}),
+    (2, {}, {"cache": {"dtype": "int4", "num_blocks": 11}}),
 ]
 
 

@@ -56,7 +56,7 @@ def test_demo_model_on_two_ranks_deals_two_groups_and_one() -> None:
     assert (first.q_heads, first.kv_heads, first.q_per_kv) == (range(6), range(2), (3, 3))
     assert (second.q_heads, second.kv_heads, second.q_per_kv) == (range(6, 9), range(2, 3), (3,))
     assert len(second.mlp_columns) > len(first.mlp_columns), "the rank with fewer heads takes more columns"
-    assert shard_map.kv_bytes_per_token(0, 4) == 2 * 30 * 2 * 64 * 4
+    assert shard_map.kv_bytes_per_token(0, 64 * 4) == 2 * 30 * 2 * 64 * 4
 
 
 def test_more_ranks_than_kv_heads_replicates_them() -> None:

@@ -23,7 +23,7 @@ GREEDY = SlotSampling(
 )
 
 
-def make_worker(path: Path, group: Group, poison: bool = True) -> Worker:
+def make_worker(path: Path, group: Group, poison: bool = True, cache_dtype: str = "auto") -> Worker:
     """A float32 worker with a small cache, filled with NaN: nothing may be read that was not written."""
     config = parse_config(
         {
@@ -31,7 +31,7 @@ def make_worker(path: Path, group: Group, poison: bool = True) -> Worker:
             "tensor_parallel_size": group.world_size,
             "device": "cpu",
             "dtype": "float32",
-            "cache": {"block_size": BLOCK_SIZE},
+            "cache": {"block_size": BLOCK_SIZE, "dtype": cache_dtype},
             "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
         },
         "test",
@@ -62,13 +62,21 @@ def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, tupl
     )
 
 
-def trace(store: Store, rank: int, world_size: int, path: Path, prompts: list[list[int]], cut: int) -> Any:
+def trace(
+    store: Store,
+    rank: int,
+    world_size: int,
+    path: Path,
+    prompts: list[list[int]],
+    cut: int,
+    cache_dtype: str = "auto",
+) -> Any:
     """Residual stream after every layer and logits of every prompt's tokens, prompts cut in two at `cut`.
 
     Returns ({layer: [tokens, hidden]} with the prompts one after the other, [prompts, vocab] last-token logits).
     """
     group = connect(store, rank, world_size)
-    worker = make_worker(path, group)
+    worker = make_worker(path, group, cache_dtype=cache_dtype)
     # Block ids in no order, so that a table that is not followed shows.
     free = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS)).tolist()
     tables = {

@@ -111,6 +111,18 @@ def test_dtype(dtype: str, device: Any, resolved: str) -> None:
     assert (result.dtype, result.cache_dtype) == (resolved, resolved)
 
 
+@pytest.mark.parametrize(
+    ("cache_dtype", "row_bytes"), [("auto", 128 * 2), ("int8", 128 + 2), ("fp8", 128 + 2), ("int4", 64 + 2)]
+)
+def test_quantised_cache(cache_dtype: str, row_bytes: int) -> None:
+    """36 layers, 8 KV heads of 128 channels: K and V, each with a scale of 2 bytes."""
+    result = plan(make_spec(), make_config(cache={"dtype": cache_dtype, "num_blocks": 9}), None)
+    shard = result.shards[0]
+    assert result.cache_dtype == ("bfloat16" if cache_dtype == "auto" else cache_dtype)
+    assert shard.kv_bytes_per_token == 2 * 36 * 8 * row_bytes
+    assert shard.kv_bytes == 9 * 16 * shard.kv_bytes_per_token
+
+
 def test_the_rank_with_least_room_decides() -> None:
     config = make_config(
         tensor_parallel_size=2, scheduler={"max_num_seqs": 1024, "max_num_batched_tokens": 1024}
