@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 
-from . import llama
+from . import gemma, llama, mistral, olmo2, phi3, qwen
 from .fields import CheckpointError, Fields
 from .spec import ModelSpec
 
 SpecFromConfig = Callable[[Fields, Fields, str], ModelSpec]
 
-ARCHITECTURES: dict[str, SpecFromConfig] = {"LlamaForCausalLM": llama.spec_from_config}
+ARCHITECTURES: dict[str, SpecFromConfig] = {
+    "LlamaForCausalLM": llama.spec_from_config,
+    "MistralForCausalLM": mistral.spec_from_config,
+    "Qwen2ForCausalLM": qwen.qwen2_spec,
+    "Qwen3ForCausalLM": qwen.qwen3_spec,
+    "Gemma2ForCausalLM": gemma.gemma2_spec,
+    "Gemma3ForCausalLM": gemma.gemma3_spec,
+    "Phi3ForCausalLM": phi3.spec_from_config,
+    "Olmo2ForCausalLM": olmo2.spec_from_config,
+}
 GGUF_ARCHITECTURES = ("llama",)
 
 
