@@ -1,4 +1,4 @@
-"""The model families: which architectures are known, by the names that checkpoints use."""
+"""The model families: which architectures are known, by the names that Hugging Face checkpoints use."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,6 @@ ARCHITECTURES: dict[str, SpecFromConfig] = {
     "Phi3ForCausalLM": phi3.spec_from_config,
     "Olmo2ForCausalLM": olmo2.spec_from_config,
 }
-GGUF_ARCHITECTURES = ("llama",)
 
 
 def spec_from_config(config: Fields, generation: Fields) -> ModelSpec:
@@ -30,13 +29,3 @@ def spec_from_config(config: Fields, generation: Fields) -> ModelSpec:
             f"{config.source}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name](config, generation, name)
-
-
-def check_gguf_architecture(metadata: Fields) -> None:
-    """Raises CheckpointError for a GGUF architecture that is not supported."""
-    name = metadata.text("general.architecture")
-    if name not in GGUF_ARCHITECTURES:
-        raise CheckpointError(
-            f"{metadata.source}: architecture {name!r} is not supported; "
-            f"supported in GGUF files: {', '.join(GGUF_ARCHITECTURES)}"
-        )
