@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import families, gguf_file, llama, safetensors_file
+from . import families, gguf_families, gguf_file, safetensors_file
 from .fields import CheckpointError, Fields
 from .parameters import expected_tensors
 from .spec import ModelSpec
@@ -94,34 +94,25 @@ def _json_fields(path: Path) -> Fields:
 def _gguf_index(path: Path) -> CheckpointIndex:
     header = gguf_file.read_header(path)
     metadata = Fields(str(path), header.metadata)
-    families.check_gguf_architecture(metadata)
+    architecture = gguf_families.known_architecture(metadata)
     stored = {info.name: info for info in header.tensors}
     factors = stored.pop(ROPE_FACTORS, None)
     embedding = stored.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{path}: missing tensors: token_embd.weight")
-    spec = llama.spec_from_gguf(
+    spec = gguf_families.spec_from_gguf(
         metadata,
         vocab_size=embedding.num_rows,
         tie_embeddings="output.weight" not in stored,
         frequency_factors=None if factors is None else _read_floats(path, factors),
     )
+    permuted = tuple(f".{name}" for name in gguf_families.PERMUTED.get(architecture, ()))
     tensors = {}
     for info in stored.values():
-        name = _canonical_name(info.name)
-        permuted = info.name.endswith(tuple("." + suffix for suffix in llama.GGUF_PERMUTED))
-        tensors[name] = replace(info, name=name, permuted_head_dim=spec.head_dim if permuted else None)
+        name = gguf_families.canonical_name(info.name, spec.names)
+        head_dim = spec.head_dim if info.name.endswith(permuted) else None
+        tensors[name] = replace(info, name=name, permuted_head_dim=head_dim)
     return CheckpointIndex(path.parent, spec, tensors)
-
-
-def _canonical_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor, or the name itself if it has none (then it is unexpected)."""
-    if name in llama.GGUF_TENSORS:
-        return llama.GGUF_TENSORS[name]
-    block, _, rest = name.removeprefix("blk.").partition(".")
-    if name.startswith("blk.") and rest in llama.GGUF_BLOCK_TENSORS:
-        return f"model.layers.{block}.{llama.GGUF_BLOCK_TENSORS[rest]}"
-    return name
 
 
 def _read_floats(path: Path, info: TensorInfo) -> tuple[float, ...]:

@@ -1,15 +1,23 @@
-"""The model families: which architectures are known, by the names that checkpoints use."""
+"""The model families: which architectures are known, by the names that Hugging Face checkpoints use."""
 
 from collections.abc import Callable
 
-from . import llama
+from . import gemma, llama, mistral, olmo2, phi3, qwen
 from .fields import CheckpointError, Fields
 from .spec import ModelSpec
 
 SpecFromConfig = Callable[[Fields, Fields, str], ModelSpec]
 
-ARCHITECTURES: dict[str, SpecFromConfig] = {"LlamaForCausalLM": llama.spec_from_config}
-GGUF_ARCHITECTURES = ("llama",)
+ARCHITECTURES: dict[str, SpecFromConfig] = {
+    "LlamaForCausalLM": llama.spec_from_config,
+    "MistralForCausalLM": mistral.spec_from_config,
+    "Qwen2ForCausalLM": qwen.qwen2_spec,
+    "Qwen3ForCausalLM": qwen.qwen3_spec,
+    "Gemma2ForCausalLM": gemma.gemma2_spec,
+    "Gemma3ForCausalLM": gemma.gemma3_spec,
+    "Phi3ForCausalLM": phi3.spec_from_config,
+    "Olmo2ForCausalLM": olmo2.spec_from_config,
+}
 
 
 def spec_from_config(config: Fields, generation: Fields) -> ModelSpec:
@@ -21,13 +29,3 @@ def spec_from_config(config: Fields, generation: Fields) -> ModelSpec:
             f"{config.source}: architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name](config, generation, name)
-
-
-def check_gguf_architecture(metadata: Fields) -> None:
-    """Raises CheckpointError for a GGUF architecture that is not supported."""
-    name = metadata.text("general.architecture")
-    if name not in GGUF_ARCHITECTURES:
-        raise CheckpointError(
-            f"{metadata.source}: architecture {name!r} is not supported; "
-            f"supported in GGUF files: {', '.join(GGUF_ARCHITECTURES)}"
-        )

@@ -25,12 +25,29 @@ class Fields:
             raise CheckpointError(f"{self.source}: {name}={value!r} must be a whole number of at least 1")
         return value
 
+    def count(self, name: str, default: int) -> int:
+        """A whole number of at least 0."""
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"{self.source}: {name}={value!r} must be a whole number of at least 0")
+        return value
+
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self._get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise CheckpointError(f"{self.source}: {name}={value!r} must be a number above 0")
         return float(value)
+
+    def optional_integer(self, name: str, default: int | None = None) -> int | None:
+        """As `integer`, but None for an explicit null, and for an absent field without default."""
+        absent = default is None if name not in self.values else self.values[name] is None
+        return None if absent else self.integer(name, default)
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """As `number`, but None for an explicit null, and for an absent field without default."""
+        absent = default is None if name not in self.values else self.values[name] is None
+        return None if absent else self.number(name, default)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)

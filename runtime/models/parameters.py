@@ -4,18 +4,26 @@
 
     parameter                     local shape                           made of
     embed                         [vocab_rows, hidden]                  embed_tokens rows
-    layers.N.input_norm           [hidden]                              whole
+    layers.N.attention_norm       [hidden]                              whole
     layers.N.qkv                  [(q + 2 kv) * head_dim, hidden]       rows of q_proj | k_proj | v_proj
+    layers.N.qkv_bias             [(q + 2 kv) * head_dim]               the same rows of the biases
+    layers.N.q_norm               [head_dim] or [q * head_dim]          whole, or the rows of this shard's heads
+    layers.N.k_norm               [head_dim] or [kv * head_dim]         likewise
     layers.N.o                    [hidden, q * head_dim]                o_proj columns
-    layers.N.post_attention_norm  [hidden]                              whole
+    layers.N.attention_out_norm   [hidden]                              whole
+    layers.N.mlp_norm             [hidden]                              whole
     layers.N.gate_up              [2 * mlp_columns, hidden]             rows of gate_proj | up_proj
     layers.N.down                 [hidden, mlp_columns]                 down_proj columns
+    layers.N.mlp_out_norm         [hidden]                              whole
     final_norm                    [hidden]                              whole
     lm_head                       [vocab_rows, hidden]                  lm_head rows, or alias of embed
+
+A model has those norms and biases that its spec has. Tensors are named by `ModelSpec.names`.
 """
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...parallel.shard_map import Shard
@@ -34,12 +42,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One local tensor. `alias_of` names the parameter whose storage it shares; it then has no pieces."""
+    """One local tensor. `alias_of` names the parameter whose storage it shares; it then has no pieces.
+
+    `added` is added to every element that was read.
+    """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     alias_of: str | None = None
+    added: float = 0.0
 
     @property
     def num_elements(self) -> int:
@@ -47,24 +59,36 @@ class Parameter:
         return 0 if self.alias_of else math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """`height` rows of tensor `name` (without ".weight") from row `start` on: all, unless parts share the name."""
+
+    name: str
+    start: int
+    height: int
+
+
 def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor the checkpoint must have, by Hugging Face's names for Llama."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    """Name and shape of every tensor the checkpoint must have, by the names of `spec`."""
+    hidden, inner, names = spec.hidden_size, spec.intermediate_size, spec.names
     q_width, kv_width = spec.num_q_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, hidden)}
     for layer in range(spec.num_layers):
-        prefix = f"model.layers.{layer}."
-        tensors |= {
-            prefix + "input_layernorm.weight": (hidden,),
-            prefix + "self_attn.q_proj.weight": (q_width, hidden),
-            prefix + "self_attn.k_proj.weight": (kv_width, hidden),
-            prefix + "self_attn.v_proj.weight": (kv_width, hidden),
-            prefix + "self_attn.o_proj.weight": (hidden, q_width),
-            prefix + "post_attention_layernorm.weight": (hidden,),
-            prefix + "mlp.gate_proj.weight": (inner, hidden),
-            prefix + "mlp.up_proj.weight": (inner, hidden),
-            prefix + "mlp.down_proj.weight": (hidden, inner),
-        }
+        prefix = _prefix(layer)
+        for norm in (names.attention_norm, names.attention_out_norm, names.mlp_norm, names.mlp_out_norm):
+            if norm is not None:
+                tensors[f"{prefix}{norm}.weight"] = (hidden,)
+        for part in (*_qkv_parts(spec), *_gate_up_parts(spec)):
+            tensors[f"{prefix}{part.name}.weight"] = (part.start + part.height, hidden)
+        if spec.qkv_bias:
+            for part in _qkv_parts(spec):
+                tensors[f"{prefix}{part.name}.bias"] = (part.start + part.height,)
+        if spec.qk_norm is not None:
+            wide = spec.qk_norm == "width"
+            tensors[f"{prefix}{names.q_norm}.weight"] = (q_width if wide else spec.head_dim,)
+            tensors[f"{prefix}{names.k_norm}.weight"] = (kv_width if wide else spec.head_dim,)
+        tensors[f"{prefix}{names.o}.weight"] = (hidden, q_width)
+        tensors[f"{prefix}{names.down}.weight"] = (hidden, inner)
     tensors["model.norm.weight"] = (hidden,)
     if not spec.tie_embeddings:
         tensors["lm_head.weight"] = (spec.vocab_size, hidden)
@@ -73,40 +97,44 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def local_parameters(spec: ModelSpec, shard: Shard) -> list[Parameter]:
     """Every parameter of one shard, in the order the decoder uses them."""
-    hidden = spec.hidden_size
-    q_rows, kv_rows = _head_rows(shard.q_heads, spec.head_dim), _head_rows(shard.kv_heads, spec.head_dim)
-    columns, vocab_rows = shard.mlp_columns, shard.vocab_rows
-
-    parameters = [_rows("embed", hidden, [("model.embed_tokens.weight", vocab_rows)])]
+    hidden, vocab_rows = spec.hidden_size, shard.vocab_rows
+    embed = _Part("model.embed_tokens", 0, spec.vocab_size)
+    parameters = [_rows("embed", "weight", [(embed, vocab_rows)], hidden)]
     for layer in range(spec.num_layers):
-        local, source = f"layers.{layer}.", f"model.layers.{layer}."
-        attention, mlp = source + "self_attn.", source + "mlp."
-        parameters += [
-            _whole(local + "input_norm", hidden, source + "input_layernorm.weight"),
-            _rows(
-                local + "qkv",
-                hidden,
-                [
-                    (attention + "q_proj.weight", q_rows),
-                    (attention + "k_proj.weight", kv_rows),
-                    (attention + "v_proj.weight", kv_rows),
-                ],
-            ),
-            _columns(local + "o", hidden, attention + "o_proj.weight", q_rows),
-            _whole(local + "post_attention_norm", hidden, source + "post_attention_layernorm.weight"),
-            _rows(
-                local + "gate_up",
-                hidden,
-                [(mlp + "gate_proj.weight", columns), (mlp + "up_proj.weight", columns)],
-            ),
-            _columns(local + "down", hidden, mlp + "down_proj.weight", columns),
-        ]
-    parameters.append(_whole("final_norm", hidden, "model.norm.weight"))
+        parameters += _layer_parameters(spec, shard, layer)
+    parameters.append(_norm(spec, "final_norm", "model.norm"))
     if spec.tie_embeddings:
         parameters.append(Parameter("lm_head", (len(vocab_rows), hidden), (), alias_of="embed"))
     else:
-        parameters.append(_rows("lm_head", hidden, [("lm_head.weight", vocab_rows)]))
+        head = _Part("lm_head", 0, spec.vocab_size)
+        parameters.append(_rows("lm_head", "weight", [(head, vocab_rows)], hidden))
     return parameters
+
+
+def _layer_parameters(spec: ModelSpec, shard: Shard, layer: int) -> list[Parameter]:
+    hidden, names, columns = spec.hidden_size, spec.names, shard.mlp_columns
+    local, prefix = f"layers.{layer}.", _prefix(layer)
+    q_rows, kv_rows = _head_rows(shard.q_heads, spec.head_dim), _head_rows(shard.kv_heads, spec.head_dim)
+    qkv = list(zip(_qkv_parts(spec, prefix), (q_rows, kv_rows, kv_rows), strict=True))
+    gate_up = [(part, columns) for part in _gate_up_parts(spec, prefix)]
+
+    def norms(**named: str | None) -> list[Parameter]:
+        return [_norm(spec, local + own, prefix + name) for own, name in named.items() if name is not None]
+
+    parameters = norms(attention_norm=names.attention_norm)
+    parameters.append(_rows(local + "qkv", "weight", qkv, hidden))
+    if spec.qkv_bias:
+        parameters.append(_rows(local + "qkv_bias", "bias", qkv))
+    if spec.qk_norm is not None:
+        whole = range(spec.head_dim)
+        q_range, k_range = (q_rows, kv_rows) if spec.qk_norm == "width" else (whole, whole)
+        parameters.append(_norm(spec, local + "q_norm", prefix + names.q_norm, q_range))
+        parameters.append(_norm(spec, local + "k_norm", prefix + names.k_norm, k_range))
+    parameters.append(_columns(local + "o", hidden, f"{prefix}{names.o}.weight", q_rows))
+    parameters += norms(attention_out_norm=names.attention_out_norm, mlp_norm=names.mlp_norm)
+    parameters.append(_rows(local + "gate_up", "weight", gate_up, hidden))
+    parameters.append(_columns(local + "down", hidden, f"{prefix}{names.down}.weight", columns))
+    return parameters + norms(mlp_out_norm=names.mlp_out_norm)
 
 
 def weight_bytes(spec: ModelSpec, shard: Shard, dtype_bytes: int) -> int:
@@ -114,20 +142,51 @@ def weight_bytes(spec: ModelSpec, shard: Shard, dtype_bytes: int) -> int:
     return sum(parameter.num_elements for parameter in local_parameters(spec, shard)) * dtype_bytes
 
 
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
+
+
+def _qkv_parts(spec: ModelSpec, prefix: str = "") -> list[_Part]:
+    q_width, kv_width = spec.num_q_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    names = spec.names
+    return _parts(prefix, ((names.q, q_width), (names.k, kv_width), (names.v, kv_width)))
+
+
+def _gate_up_parts(spec: ModelSpec, prefix: str = "") -> list[_Part]:
+    return _parts(prefix, ((name, spec.intermediate_size) for name in (spec.names.gate, spec.names.up)))
+
+
+def _parts(prefix: str, heights: Iterable[tuple[str, int]]) -> list[_Part]:
+    """Parts of one name lie one below the other in one tensor."""
+    filled: Counter[str] = Counter()
+    parts = []
+    for name, height in heights:
+        parts.append(_Part(prefix + name, filled[name], height))
+        filled[name] += height
+    return parts
+
+
 def _head_rows(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
-def _whole(name: str, size: int, tensor: str) -> Parameter:
-    return Parameter(name, (size,), (Piece(tensor, 0, range(size), 0),))
+def _norm(spec: ModelSpec, name: str, tensor: str, elements: range | None = None) -> Parameter:
+    if elements is None:
+        elements = range(spec.hidden_size)
+    piece = Piece(f"{tensor}.weight", 0, elements, 0)
+    return Parameter(name, (len(elements),), (piece,), added=spec.norm_offset)
 
 
-def _rows(name: str, width: int, sources: Sequence[tuple[str, range]]) -> Parameter:
+def _rows(
+    name: str, kind: str, sources: Sequence[tuple[_Part, range]], width: int | None = None
+) -> Parameter:
+    """Rows of parts one below the other; `kind` is "weight", or "bias" for vectors (no width)."""
     pieces, offset = [], 0
-    for tensor, rows in sources:
-        pieces.append(Piece(tensor, 0, rows, offset))
+    for part, rows in sources:
+        stored = range(part.start + rows.start, part.start + rows.stop)
+        pieces.append(Piece(f"{part.name}.{kind}", 0, stored, offset))
         offset += len(rows)
-    return Parameter(name, (offset, width), tuple(pieces))
+    return Parameter(name, (offset,) if width is None else (offset, width), tuple(pieces))
 
 
 def _columns(name: str, height: int, tensor: str, columns: range) -> Parameter:

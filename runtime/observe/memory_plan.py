@@ -8,7 +8,7 @@ Per shard, in bytes:
     reserve   = activations + logits + rotary tables + runtime                     (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
       logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copies, room for sampling in torch
-      rotary      = longest request * 2 * rotary_dim * 4              cos and sin, float32
+      rotary      = longest request * 2 * sum of rotary_dim * 4       cos and sin, float32, of every kind of layer
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
                     there are more shards; CPU: 256 MiB
 
@@ -214,7 +214,7 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     activations = scheduler.max_num_batched_tokens * token_elements * dtype_bytes
     logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 24)
     longest = scheduler.max_model_len or spec.max_position_embeddings
-    rotary = longest * 2 * spec.rotary.rotary_dim * 4
+    rotary = longest * 2 * sum(rotary.rotary_dim for rotary in spec.rotaries) * 4
     if device_kind == "cuda":
         runtime = (1024 if shard_map.world_size == 1 else 1536) * _MIB
         return activations + logits + rotary + runtime

@@ -4,6 +4,7 @@ Names in shapes: T tokens of the step, H hidden_size, Hq and Hk local query and 
 D head_dim, I local MLP columns, S sampling rows, V local vocabulary rows.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +14,35 @@ from ...kernels import ops
 from ...parallel.embedding import LMHead, VocabParallelEmbedding
 from ...parallel.group import Group
 from ...parallel.linear import ColumnParallelLinear, RowParallelLinear
+from ...parallel.norm import SplitWidth, SplitWidthRMSNorm
 from ...parallel.shard_map import Shard
-from ..models.spec import ModelSpec, RotarySpec
+from ..models.spec import Activation, ModelSpec, RotarySpec
 from .kv_cache import KVCache
 from .slots import StepInputs
+
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": ops.silu_mul,
+    "gelu_tanh": ops.gelu_mul,
+}
 
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer's parameters on this rank."""
+    """One layer's parameters on this rank; which norms there are depends on the family."""
 
-    input_norm: Tensor  # [H]
+    attention_norm: Tensor | None  # [H]
     qkv: ColumnParallelLinear  # [(Hq + 2 * Hk) * D, H]
+    q_norm: Tensor | None  # [D]: of each head
+    k_norm: Tensor | None  # [D]
+    qk_width_norm: SplitWidthRMSNorm | None  # over the heads of all ranks
     o: RowParallelLinear  # [H, Hq * D]
-    post_attention_norm: Tensor  # [H]
+    attention_out_norm: Tensor | None  # [H]
+    mlp_norm: Tensor | None  # [H]
     gate_up: ColumnParallelLinear  # [2 * I, H]
     down: RowParallelLinear  # [H, I]
+    mlp_out_norm: Tensor | None  # [H]
+    window: int | None  # positions a query sees
+    cos_sin: Tensor  # [max_positions, rotary_dim]
 
 
 class Decoder:
@@ -39,53 +53,124 @@ class Decoder:
     ) -> None:
         self._eps = spec.rms_norm_eps
         self._head_dim = spec.head_dim
-        self._scale = spec.head_dim**-0.5
-        self._windows = spec.layer_windows
+        self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
+        self._attention_soft_cap = spec.attention_soft_cap
+        self._logit_soft_cap = spec.logit_soft_cap
+        self._activation = ACTIVATIONS[spec.activation]
         self._heads = ops.HeadLayout(shard.q_per_kv)
         self._embed = VocabParallelEmbedding(weights["embed"], shard.vocab_rows, group)
+        self._final_norm = weights["final_norm"]
+        self._embedding_scale = (
+            None
+            if spec.embedding_scale is None
+            else torch.tensor(spec.embedding_scale, dtype=self._final_norm.dtype).item()
+        )
+        self._lm_head = LMHead(weights["lm_head"])
+        tables = {
+            rotary: rotary_table(rotary, max_positions, self._final_norm.device) for rotary in spec.rotaries
+        }
         self._layers = [
-            DecoderLayer(
-                input_norm=weights[f"layers.{i}.input_norm"],
-                qkv=ColumnParallelLinear(weights[f"layers.{i}.qkv"]),
-                o=RowParallelLinear(weights[f"layers.{i}.o"], group, f"layer {i} o_proj"),
-                post_attention_norm=weights[f"layers.{i}.post_attention_norm"],
-                gate_up=ColumnParallelLinear(weights[f"layers.{i}.gate_up"]),
-                down=RowParallelLinear(weights[f"layers.{i}.down"], group, f"layer {i} down_proj"),
-            )
+            _layer(spec, shard, weights, group, i, tables[spec.layer_rotary(i)])
             for i in range(spec.num_layers)
         ]
-        self._final_norm = weights["final_norm"]
-        self._lm_head = LMHead(weights["lm_head"])
-        self._cos_sin = rotary_table(spec.rotary, max_positions, self._final_norm.device)
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         """Logits [S, V] in fp32 of the vocabulary rows of this rank, for the sampling rows."""
         residual = self._embed(inputs.token_ids)  # [T, H]
-        hidden = ops.rms_norm(residual, self._layers[0].input_norm, self._eps)
+        if self._embedding_scale is not None:
+            residual *= self._embedding_scale
+        norm = self._layers[0].attention_norm
+        hidden = residual if norm is None else ops.rms_norm(residual, norm, self._eps)
         for i, layer in enumerate(self._layers):
             hidden = self._attention(i, layer, hidden, inputs, cache)
-            hidden = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, self._eps)
-            hidden = layer.down(ops.silu_mul(layer.gate_up(hidden)))
+            hidden = join(hidden, residual, layer.attention_out_norm, layer.mlp_norm, self._eps)
+            hidden = layer.down(self._activation(layer.gate_up(hidden)))
             last = i + 1 == len(self._layers)
-            norm = self._final_norm if last else self._layers[i + 1].input_norm
-            hidden = ops.add_rms_norm(hidden, residual, norm, self._eps)
-        return self._lm_head(hidden[inputs.sample_tokens])
+            norm = self._final_norm if last else self._layers[i + 1].attention_norm
+            hidden = join(hidden, residual, layer.mlp_out_norm, norm, self._eps)
+        logits = self._lm_head(hidden[inputs.sample_tokens])
+        cap = self._logit_soft_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def _attention(
         self, index: int, layer: DecoderLayer, hidden: Tensor, inputs: StepInputs, cache: KVCache
     ) -> Tensor:
         num_tokens = hidden.shape[0]
         heads = self._heads
-        qkv = layer.qkv(hidden).view(num_tokens, -1, self._head_dim)
-        q, k, v = qkv.split([heads.num_q_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
+        qkv = layer.qkv(hidden)
+        if layer.qk_width_norm is not None:
+            q_width, k_width = heads.num_q_heads * self._head_dim, heads.num_kv_heads * self._head_dim
+            layer.qk_width_norm(qkv[:, :q_width], qkv[:, q_width : q_width + k_width])
+        q, k, v = qkv.view(num_tokens, -1, self._head_dim).split(
+            [heads.num_q_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1
+        )
         kv = cache.layers[index]
-        ops.rotary_kv_write(q, k, v, self._cos_sin, inputs.positions, kv, inputs.slot_mapping)
-        out = ops.paged_attention(q, kv, inputs.attention, heads, self._scale, window=self._windows[index])
+        ops.rotary_kv_write(
+            *(q, k, v, layer.cos_sin, inputs.positions, kv, inputs.slot_mapping),
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=self._eps,
+        )
+        out = ops.paged_attention(
+            *(q, kv, inputs.attention, heads, self._scale),
+            window=layer.window,
+            soft_cap=self._attention_soft_cap,
+        )
         return layer.o(out.view(num_tokens, -1))
+
+
+def join(
+    x: Tensor, residual: Tensor, out_norm: Tensor | None, next_norm: Tensor | None, eps: float
+) -> Tensor:
+    """Adds x [T, H], normed by `out_norm`, to the residual stream in place; returns what the next part reads.
+
+    That is rms_norm(residual), or without `next_norm` the residual stream itself, which must not be written to.
+    """
+    if out_norm is not None:
+        x = ops.rms_norm(x, out_norm, eps)
+    if next_norm is None:
+        return residual.add_(x)
+    return ops.add_rms_norm(x, residual, next_norm, eps)
 
 
 def rotary_table(rotary: RotarySpec, max_positions: int, device: torch.device) -> Tensor:
     """[max_positions, rotary_dim] fp32: the cosines of every angle of a position, then the sines."""
     frequencies = torch.tensor(rotary.inv_freq(), dtype=torch.float32, device=device)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32, device=device), frequencies)
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
+    return torch.cat((angles.cos(), angles.sin()), dim=1).mul_(rotary.magnitude)
+
+
+def _layer(
+    spec: ModelSpec, shard: Shard, weights: dict[str, Tensor], group: Group, index: int, cos_sin: Tensor
+) -> DecoderLayer:
+    name = f"layers.{index}."
+    wide = spec.qk_norm == "width"
+    return DecoderLayer(
+        attention_norm=weights.get(name + "attention_norm"),
+        qkv=ColumnParallelLinear(weights[name + "qkv"], weights.get(name + "qkv_bias")),
+        q_norm=None if wide else weights.get(name + "q_norm"),
+        k_norm=None if wide else weights.get(name + "k_norm"),
+        qk_width_norm=_qk_width_norm(spec, shard, weights, group, index) if wide else None,
+        o=RowParallelLinear(weights[name + "o"], group, f"layer {index} o_proj"),
+        attention_out_norm=weights.get(name + "attention_out_norm"),
+        mlp_norm=weights.get(name + "mlp_norm"),
+        gate_up=ColumnParallelLinear(weights[name + "gate_up"]),
+        down=RowParallelLinear(weights[name + "down"], group, f"layer {index} down_proj"),
+        mlp_out_norm=weights.get(name + "mlp_out_norm"),
+        window=spec.layer_windows[index],
+        cos_sin=cos_sin,
+    )
+
+
+def _qk_width_norm(
+    spec: ModelSpec, shard: Shard, weights: dict[str, Tensor], group: Group, index: int
+) -> SplitWidthRMSNorm:
+    # A KV head that several ranks hold is counted by the one with its first query head.
+    elsewhere = shard.kv_heads.start * shard.group_size < shard.q_heads.start
+    q = SplitWidth(weights[f"layers.{index}.q_norm"], spec.num_q_heads * spec.head_dim, slice(None))
+    k = SplitWidth(
+        weights[f"layers.{index}.k_norm"],
+        spec.num_kv_heads * spec.head_dim,
+        slice(spec.head_dim if elsewhere else 0, None),
+    )
+    return SplitWidthRMSNorm((q, k), spec.rms_norm_eps, group, f"layer {index} qk_norm")

@@ -20,9 +20,11 @@ def load_weights(
         if parameter.alias_of is not None:
             weights[parameter.name] = weights[parameter.alias_of]
             continue
-        tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        # A sum is rounded once, so it is made in float32 (norms of Gemma; small).
+        read_as = torch.float32 if parameter.added else dtype
+        tensor = torch.empty(parameter.shape, dtype=read_as, device=device)
         for piece in parameter.pieces:
             target = tensor.narrow(piece.axis, piece.offset, len(piece.indices))
             checkpoint.read_into(target, piece.tensor, piece.axis, piece.indices)
-        weights[parameter.name] = tensor
+        weights[parameter.name] = (tensor + parameter.added).to(dtype) if parameter.added else tensor
     return weights

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_models import make_family_model
 from models_factory import make_llama
 
 from kvshard.launch.local import InProcessExecutor, LocalLauncher
@@ -31,7 +32,16 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
 def test_shards_hold_what_was_planned(
     size: int, model: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = make_llama(tmp_path, **model)
+    check_plan(make_llama(tmp_path, **model), size, settings)
+
+
+@pytest.mark.parametrize(("case", "size"), [("gemma3", 1), ("qwen2_windows", 2), ("olmo2", 3)])
+def test_plans_of_other_families_are_met(case: str, size: int, tmp_path: Path) -> None:
+    make_family_model(case).save_pretrained(tmp_path)
+    check_plan(tmp_path, size, {"dtype": "bfloat16"})
+
+
+def check_plan(path: Path, size: int, settings: dict[str, Any]) -> None:
     values = {"model": str(path), "tensor_parallel_size": size, "device": "cpu", "dtype": "float32"}
     config = parse_config(values | {"scheduler": {"max_model_len": 32}} | settings, "test")
     spec = read_index(path).spec

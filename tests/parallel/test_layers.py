@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_within
 from torch import Tensor
 from torch.distributed import Store
 
 from kvshard.parallel.embedding import LMHead, VocabParallelEmbedding
 from kvshard.parallel.group import Group
 from kvshard.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from kvshard.parallel.norm import SplitWidth, SplitWidthRMSNorm
 
 from .ranks import connect, run_ranks
 
@@ -57,6 +59,18 @@ def check_layers(group: Group) -> list[Tensor]:
     y = down(middle)
     expected = F.linear(F.linear(w["x"], w["up"], w["up_bias"]), w["down"], w["down_bias"])
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+
+    # One tensor split over the ranks, and one that all have and one counts.
+    split, copied = middle.float(), w["x"].float()
+    everywhere = SplitWidth(w["down_bias"].float(), HIDDEN, slice(0, None if group.rank == 0 else 0))
+    shares = (SplitWidth(w["up_bias"][columns].float(), WIDE, slice(None)), everywhere)
+    SplitWidthRMSNorm(shares, 1e-3, group, "layer 0 qk_norm")(split, copied)
+    for got, x, weight, part in (
+        (split, F.linear(w["x"], w["up"], w["up_bias"]), w["up_bias"], columns),
+        (copied, w["x"], w["down_bias"], slice(None)),
+    ):
+        whole_norm = F.rms_norm(x, x.shape[1:], weight, 1e-3)
+        assert_within(got, whole_norm[:, part].float(), "norm")
 
     embedding = VocabParallelEmbedding(w["table"][rows.start : rows.stop], rows, group)
     for token_ids in (w["token_ids"], w["token_ids"].int()):

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from ranks import connect
 from torch.distributed import Store
 
-from kvshard.kernels import ops
 from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.plan import OpenedSlot, SlotSampling, StepPlan
 from kvshard.runtime.models.checkpoint import open_checkpoint
+from kvshard.runtime.shard import decoder
 from kvshard.runtime.shard.worker import Worker
 
 BLOCK_SIZE = 4
@@ -71,11 +72,25 @@ def trace(
     cut: int,
     cache_dtype: str = "auto",
 ) -> Any:
+    """`trace_model` of one model, in a group of its own."""
+    return trace_model(connect(store, rank, world_size), path, prompts, cut, cache_dtype)
+
+
+def trace_all(
+    store: Store, rank: int, world_size: int, paths: dict[str, Path], prompts: list[list[int]], cut: int
+) -> dict[str, Any]:
+    """`trace_model` of several models, one after the other, by the keys of `paths`."""
+    group = connect(store, rank, world_size)
+    return {name: trace_model(group, path, prompts, cut) for name, path in paths.items()}
+
+
+def trace_model(
+    group: Group, path: Path, prompts: list[list[int]], cut: int, cache_dtype: str = "auto"
+) -> Any:
     """Residual stream after every layer and logits of every prompt's tokens, prompts cut in two at `cut`.
 
     Returns ({layer: [tokens, hidden]} with the prompts one after the other, [prompts, vocab] last-token logits).
     """
-    group = connect(store, rank, world_size)
     worker = make_worker(path, group, cache_dtype=cache_dtype)
     # Block ids in no order, so that a table that is not followed shows.
     free = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS)).tolist()
@@ -84,24 +99,23 @@ def trace(
     }
     layers: dict[int, list[list[torch.Tensor]]] = {}
     recorded: list[torch.Tensor] = []
-    plain = ops.add_rms_norm
+    plain = decoder.join
 
-    def recording(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = plain(x, residual, weight, eps)
+    def recording(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> torch.Tensor:
+        out = plain(x, residual, *rest)
         recorded.append(residual.clone())
         return out
 
-    ops.add_rms_norm = recording  # type: ignore[assignment]
     parts = [[ids[:cut] for ids in prompts], [ids[cut:] for ids in prompts]]
     logits = torch.empty(0)
     for step, part in enumerate(parts):
         recorded.clear()
         step_plan = plan(step, list(enumerate(part)), tables if step == 0 else {})
-        with torch.inference_mode():
+        with torch.inference_mode(), mock.patch.object(decoder, "join", recording):
             inputs = worker.slots.apply(step_plan)
             logits = worker.decoder.forward(inputs, worker.cache)
         lengths = [len(ids) for ids in part]
-        for layer, residual in enumerate(recorded[1::2]):  # the second norm of a layer ends it
+        for layer, residual in enumerate(recorded[1::2]):  # the second sum of a layer ends it
             layers.setdefault(layer, []).append(list(residual.split(lengths)))
     whole = {
         layer: torch.cat([torch.cat(pieces) for pieces in zip(*steps, strict=True)])
@@ -116,3 +130,25 @@ def _gather(logits: torch.Tensor, worker: Worker, group: Group) -> torch.Tensor:
     everything = torch.zeros(logits.shape[0], worker.spec.vocab_size)
     everything[:, rows.start : rows.stop] = logits
     return group.all_reduce(everything, "test logits")
+
+
+def reference(model: Any, prompts: list[list[int]]) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """What `trace` should return, by transformers in float64; it changes the model's dtype."""
+    model = model.double()
+    layers: dict[int, list[torch.Tensor]] = {}
+    logits = []
+    for prompt in prompts:
+        outputs: dict[int, torch.Tensor] = {}
+        hooks = [
+            layer.register_forward_hook(lambda _, __, out, i=i, outputs=outputs: outputs.update({i: out}))
+            for i, layer in enumerate(model.model.layers)
+        ]
+        with torch.inference_mode():
+            logits.append(model(torch.tensor([prompt])).logits[0, -1].float())
+        for hook in hooks:
+            hook.remove()
+        for i, out in outputs.items():
+            layers.setdefault(i, []).append(
+                (out[0] if isinstance(out, tuple) else out).reshape(len(prompt), -1)
+            )
+    return {i: torch.cat(parts).float() for i, parts in layers.items()}, torch.stack(logits)

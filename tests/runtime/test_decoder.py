@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_ranks import trace
+from decoder_ranks import reference, trace
 from models_factory import make_model
 from ranks import run_ranks
 from tolerances import assert_within
@@ -44,7 +44,7 @@ def test_layers_and_logits_equal_transformers(
 ) -> None:
     model = make_model(**overrides)
     model.save_pretrained(tmp_path)
-    expected_layers, expected_logits = _reference(model)
+    expected_layers, expected_logits = reference(model, PROMPTS)
     for size in sizes:
         for layers, logits in run_ranks(trace, size, tmp_path, PROMPTS, CUT):
             for layer, expected in expected_layers.items():
@@ -58,7 +58,7 @@ def test_a_wrong_weight_is_seen(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[3] += 0.01
-    expected_layers, expected_logits = _reference(model)
+    expected_layers, expected_logits = reference(model, PROMPTS)
     ((layers, logits),) = run_ranks(trace, 1, tmp_path, PROMPTS, CUT)
     assert_within(torch.from_numpy(layers[0]), expected_layers[0], "hidden")
     for got, expected, kind in (
@@ -67,25 +67,3 @@ def test_a_wrong_weight_is_seen(tmp_path: Path) -> None:
     ):
         with pytest.raises(AssertionError):
             assert_within(torch.from_numpy(got), expected, kind)
-
-
-def _reference(model: Any) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """Residual stream after each layer, prompts one after the other, and last-token logits; in float64."""
-    model = model.double()
-    layers: dict[int, list[torch.Tensor]] = {}
-    logits = []
-    for prompt in PROMPTS:
-        outputs: dict[int, torch.Tensor] = {}
-        hooks = [
-            layer.register_forward_hook(lambda _, __, out, i=i, outputs=outputs: outputs.update({i: out}))
-            for i, layer in enumerate(model.model.layers)
-        ]
-        with torch.inference_mode():
-            logits.append(model(torch.tensor([prompt])).logits[0, -1].float())
-        for hook in hooks:
-            hook.remove()
-        for i, out in outputs.items():
-            layers.setdefault(i, []).append(
-                (out[0] if isinstance(out, tuple) else out).reshape(len(prompt), -1)
-            )
-    return {i: torch.cat(parts).float() for i, parts in layers.items()}, torch.stack(logits)

@@ -35,10 +35,10 @@ def expected_weights(
         o = whole[attention + "o_proj.weight"].view(spec.hidden_size, spec.num_q_heads, spec.head_dim)
         gate, up = whole[prefix + "mlp.gate_proj.weight"], whole[prefix + "mlp.up_proj.weight"]
         local |= {
-            f"layers.{layer}.input_norm": whole[prefix + "input_layernorm.weight"],
+            f"layers.{layer}.attention_norm": whole[prefix + "input_layernorm.weight"],
             f"layers.{layer}.qkv": torch.cat([q, k, v]),
             f"layers.{layer}.o": o[:, list(shard.q_heads)].flatten(1),
-            f"layers.{layer}.post_attention_norm": whole[prefix + "post_attention_layernorm.weight"],
+            f"layers.{layer}.mlp_norm": whole[prefix + "post_attention_layernorm.weight"],
             f"layers.{layer}.gate_up": torch.cat([gate[columns], up[columns]]),
             f"layers.{layer}.down": whole[prefix + "mlp.down_proj.weight"][:, columns],
         }

@@ -22,6 +22,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 512,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def test_a_checkpoint_without_generation_config_is_fine(checkpoint: Path, tmp_pa
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM",
+            "architecture 'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, Mistral",
         ),
         ({"architectures": ...}, "architecture None is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported; supported: False"),
@@ -103,8 +109,8 @@ def test_a_checkpoint_without_generation_config_is_fine(checkpoint: Path, tmp_pa
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config=.*awq.* is not supported"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type='yarn' is not supported; supported: default, linear, llama3",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type='dynamic' is not supported; supported: default, linear, llama3, yarn",
         ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor=1.0 must be less than"),
@@ -132,6 +138,12 @@ def test_unsupported_and_wrong_options_are_refused_by_name(
         {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
         LLAMA3,
         LLAMA3 | {"original_max_position_embeddings": 64, "factor": 32.0},
+        YARN,
+        YARN | {"truncate": False},
+        YARN | {"beta_fast": 4.0, "beta_slow": 2.0},
+        YARN | {"attention_factor": 1.25},
+        YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
+        YARN | {"original_max_position_embeddings": 2},
     ],
 )
 @pytest.mark.parametrize("head_dim", [24, 64])
@@ -139,9 +151,10 @@ def test_rotary_frequencies_equal_transformers(
     checkpoint: Path, tmp_path: Path, rope: dict[str, Any], head_dim: int
 ) -> None:
     spec = read_index(make_llama(tmp_path, rope_parameters=rope, head_dim=head_dim)).spec
-    reference = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path)).inv_freq
+    reference = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
     ours = torch.tensor(spec.rotary.inv_freq())
-    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, reference.inv_freq, rtol=1e-6, atol=0)
+    assert spec.rotary.magnitude == pytest.approx(reference.attention_scaling)
 
 
 def test_frequency_factors_divide() -> None:

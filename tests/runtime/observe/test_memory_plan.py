@@ -1,5 +1,6 @@
 """The memory plan: exact where it says exact, and a clear verdict where a job does not fit."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -210,3 +211,13 @@ def test_json_values() -> None:
     assert values["num_tokens"] == 48
     first = values["shards"][0]
     assert first["total_bytes"] == first["weight_bytes"] + first["kv_bytes"] + first["reserve_bytes"]
+
+
+def test_layers_with_a_window_may_have_a_rotary_table_of_their_own() -> None:
+    config = make_config(scheduler={"max_model_len": 1000})
+    local = RotarySpec(theta=1e4, rotary_dim=128)
+    windowed = make_spec(layer_windows=(64,) * 18 + (None,) * 18)
+    shard_map = ShardMap.build(windowed.dims, 1)
+    one_table = reserve_bytes(config, windowed, shard_map, "cpu")
+    two_tables = reserve_bytes(config, dataclasses.replace(windowed, window_rotary=local), shard_map, "cpu")
+    assert two_tables - one_table == 1000 * 2 * 128 * 4
