@@ -106,13 +106,23 @@ class Decoder:
         )
         kv = cache.layers[index]
         ops.rotary_kv_write(
-            *(q, k, v, layer.cos_sin, inputs.positions, kv, inputs.slot_mapping),
+            q,
+            k,
+            v,
+            layer.cos_sin,
+            inputs.positions,
+            kv,
+            inputs.slot_mapping,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=self._eps,
         )
         out = ops.paged_attention(
-            *(q, kv, inputs.attention, heads, self._scale),
+            q,
+            kv,
+            inputs.attention,
+            heads,
+            self._scale,
             window=layer.window,
             soft_cap=self._attention_soft_cap,
         )
