@@ -29,7 +29,10 @@ def run(folder: Path, prompts: list[list[int]], size: int, cache: dict[str, Any]
     return done
 
 
-@pytest.mark.parametrize(("dtype", "compared", "most_parted"), [("int8", MAX_TOKENS, 1), ("int4", 4, 2)])
+@pytest.mark.parametrize(
+    ("dtype", "compared", "most_parted"),
+    [pytest.param("int8", MAX_TOKENS, 1, marks=pytest.mark.slow), ("int4", 4, 2)],
+)
 def test_answers(dtype: str, compared: int, most_parted: int, tmp_path: Path) -> None:
     """A product of another shape may round a key at a tie to the code beside it, and steps of int4 are large: rows may
     part at what would be no near-tie in float32, so only some tokens of most rows are compared."""
