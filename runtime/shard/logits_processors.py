@@ -35,6 +35,7 @@ class LogitsProcessors:
         """vocab_rows: the global token ids of this rank's logits."""
         self._vocab_rows = vocab_rows
         self._device = device
+        self._active = np.zeros(max_num_seqs, np.bool_)  # by slot: may anything of this be needed?
         self._stop_from = np.zeros(max_num_seqs, np.int64)
         self._stop_ids = SlotEntries(1)  # column
         self._bias = SlotEntries(2)  # column, value
@@ -44,6 +45,7 @@ class LogitsProcessors:
 
     def open(self, slot: int, sampling: SlotSampling) -> None:
         """Set all that is kept for a slot; what it held before is gone."""
+        self._active[slot] = sampling.rules is not None or bool(sampling.stop_ids)
         rules = sampling.rules or _NO_RULES
         stop_columns = local_columns(sampling.stop_ids, self._vocab_rows)
         self._stop_from[slot] = sampling.stop_from
@@ -61,6 +63,8 @@ class LogitsProcessors:
         slots      [R], the slot of each row
         positions  [R], the place in the sequence of the token to be chosen, prompt included, from 0
         """
+        if not self._active[slots].any():
+            return logits
         masked = self._mask.active[slots]
         with_words = self._bad_words.active[slots]
         penalized = self._penalties.active[slots]
@@ -86,6 +90,8 @@ class LogitsProcessors:
 
     def add_chosen(self, slots: Int32, token_ids: Tensor) -> None:
         """Count the tokens that were chosen, [R] int64, as output; NO_TOKEN counts as none."""
+        if not self._active[slots].any():
+            return
         penalized = self._penalties.active[slots]
         if penalized.any():
             self._penalties.add_chosen(np.flatnonzero(penalized), slots[penalized], token_ids)

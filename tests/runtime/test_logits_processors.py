@@ -37,8 +37,9 @@ RULES: dict[str, LogitsRules | None] = {
     "bias": LogitsRules(logit_bias=((0, -100.0), (30, 2.5), (60, 100.0))),
     "allowed": LogitsRules(allowed_token_ids=(2, 3, 60, 31, 30)),
     "bad tokens": LogitsRules(bad_words=((23,), (59,))),
-    "bad words": LogitsRules(bad_words=WORDS, output_ids=OUTPUT[-5:]),
+    # The longer ones open later, and make room for more tokens of all slots.
     "short bad words": LogitsRules(bad_words=((11, 20),), output_ids=OUTPUT[-1:]),
+    "bad words": LogitsRules(bad_words=WORDS, output_ids=OUTPUT[-5:]),
     "all": LogitsRules(
         presence_penalty=0.5,
         frequency_penalty=-0.2,
