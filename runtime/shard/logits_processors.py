@@ -18,7 +18,8 @@ from ...kernels.host import to_device
 from ..coordinator.logits_rules import LogitsRules
 from ..coordinator.plan import Int32, SlotSampling
 from .bad_words import BadWords
-from .slot_entries import SlotEntries
+from .penalties import Penalties
+from .slot_entries import SlotEntries, local_columns
 
 Int64 = npt.NDArray[np.int64]
 _NO_RULES = LogitsRules()
@@ -27,8 +28,8 @@ _NO_RULES = LogitsRules()
 class LogitsProcessors:
     """All of them, for `max_num_seqs` slots.
 
-    Device memory, made when the first request that needs it opens a slot, is at most 6 bytes for each slot and
-    vocabulary row of this rank: a count (4), a bit for the prompt (1) and one for the mask (1).
+    Device memory, made when the first request that needs it opens a slot: for each slot and vocabulary row of this rank
+    6 bytes (a count 4, prompt 1, mask 1), and 4 for each token in a slot, up to twice the longest request.
     """
 
     def __init__(self, vocab_rows: range, max_num_seqs: int, device: torch.device) -> None:
@@ -41,7 +42,7 @@ class LogitsProcessors:
         self._bias = SlotEntries(2)  # column, value
         self._mask = _Mask(vocab_rows, max_num_seqs, device)
         self._bad_words = BadWords(vocab_rows, max_num_seqs, device)
-        self._penalties = _Penalties(vocab_rows, max_num_seqs, device)
+        self._penalties = Penalties(vocab_rows, max_num_seqs, device)
 
     def open(self, slot: int, sampling: SlotSampling) -> None:
         """Set all that is kept for a slot; what it held before is gone."""
@@ -136,71 +137,3 @@ class _Mask:
         assert self._banned is not None, "no slot with a mask was opened"
         index = to_device(np.stack((rows, slots)), self._device)
         logits[index[0]] = logits[index[0]].masked_fill_(self._banned[index[1]], -math.inf)
-
-
-class _Penalties:
-    """repetition_penalty over prompt and output, frequency_penalty and presence_penalty over output.
-
-    With c(t) the times that token t is in the output:
-
-        logit > 0:  logit / repetition_penalty  if t is in prompt or output
-        else:       logit * repetition_penalty  if t is in prompt or output
-        then        logit - frequency_penalty * c(t) - presence_penalty * [c(t) > 0]
-
-    as in vLLM (`vllm/model_executor/layers/utils.py`, `apply_penalties`). repetition_penalty is of CTRL (Keskar et al.,
-    2019), without its case of logits that are not positive.
-    """
-
-    def __init__(self, vocab_rows: range, max_num_seqs: int, device: torch.device) -> None:
-        self.active = np.zeros(max_num_seqs, np.bool_)  # by slot
-        self._vocab_rows = vocab_rows
-        self._device = device
-        self._factors = np.zeros((3, max_num_seqs), np.float32)  # repetition, frequency, presence
-        # Both [slots, vocabulary rows]; of slots that are not active: anything.
-        self._counts: Tensor | None = None  # int32, of the output
-        self._in_prompt: Tensor | None = None  # bool
-
-    def open(self, slot: int, rules: LogitsRules) -> None:
-        self.active[slot] = rules.penalizes
-        if not rules.penalizes:
-            return
-        self._factors[:, slot] = rules.repetition_penalty, rules.frequency_penalty, rules.presence_penalty
-        if self._counts is None or self._in_prompt is None:
-            shape = len(self.active), len(self._vocab_rows)
-            self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
-            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self._device)
-        columns, counts = np.unique(local_columns(rules.output_ids, self._vocab_rows), return_counts=True)
-        index = to_device(np.stack((columns, counts)), self._device)
-        self._counts[slot].zero_().index_copy_(0, index[0], index[1].int())
-        prompt = local_columns(rules.prompt_ids, self._vocab_rows)
-        self._in_prompt[slot].zero_().index_fill_(0, to_device(prompt, self._device), True)
-
-    def apply(self, logits: Tensor, rows: Int64, slots: Int32) -> None:
-        """Penalise the logits of rows[i], which is slots[i]."""
-        assert self._counts is not None, "no slot with penalties was opened"
-        assert self._in_prompt is not None, "made with the counts"
-        factors = self._factors[:, slots]
-        repetition, frequency, presence = to_device(factors, self._device)[:, :, None]
-        index = to_device(np.stack((rows, slots)), self._device)
-        penalized, counts = logits[index[0]], self._counts[index[1]]
-        in_output = counts > 0
-        if (factors[0] != 1.0).any():
-            scaled = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
-            penalized = torch.where(in_output | self._in_prompt[index[1]], scaled, penalized)
-        penalized -= frequency * counts
-        penalized -= presence * in_output
-        logits[index[0]] = penalized
-
-    def add_chosen(self, rows: Int64, slots: Int32, token_ids: Tensor) -> None:
-        """One more of token_ids[rows[i]] in slots[i]."""
-        assert self._counts is not None, "no slot with penalties was opened"
-        index = to_device(np.stack((rows, slots)), self._device)
-        column = token_ids[index[0]] - self._vocab_rows.start
-        is_ours = (column >= 0) & (column < len(self._vocab_rows))  # NO_TOKEN is on no rank
-        self._counts[index[1], column.clamp(0, len(self._vocab_rows) - 1)] += is_ours
-
-
-def local_columns(token_ids: tuple[int, ...], vocab_rows: range) -> Int64:
-    """The columns of those tokens that are among `vocab_rows`."""
-    columns = np.asarray(token_ids, np.int64) - vocab_rows.start
-    return columns[(columns >= 0) & (columns < len(vocab_rows))]

@@ -38,3 +38,9 @@ class SlotEntries:
         self._values = np.pad(
             self._values, ((0, 0), (width - self._values.shape[1], 0)), constant_values=value
         )
+
+
+def local_columns(token_ids: tuple[int, ...], vocab_rows: range) -> Int64:
+    """The columns of those tokens that are among `vocab_rows`."""
+    columns = np.asarray(token_ids, np.int64) - vocab_rows.start
+    return columns[(columns >= 0) & (columns < len(vocab_rows))]
