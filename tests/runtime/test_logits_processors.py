@@ -202,6 +202,35 @@ def test_tokens_of_a_finished_row_do_not_reach_the_next_tenant() -> None:
     assert torch.equal(changed[1], defined(logits[1], RULES["all"], [*OUTPUT, 12, 12, 12], ()))
 
 
+def test_the_prompt_of_a_finished_row_is_forgotten() -> None:
+    """Beside a row whose list of seen tokens is longer, what the first tenant's list held is looked at again."""
+    rules = [
+        LogitsRules(repetition_penalty=2.0, prompt_ids=tuple(prompt))
+        for prompt in (range(30, 40), range(20), [50])
+    ]
+    ranks = Ranks(1, 2)
+    ranks.open(0, sampling(rules[0]))
+    ranks.open(1, sampling(rules[1]))
+    ranks.open(0, sampling(rules[2]))
+    logits = random_logits(2, 5)
+    changed = ranks.apply(logits, [0, 1], [7, 7])
+    assert torch.equal(changed[0], defined(logits[0], rules[2], [], ()))
+    assert torch.equal(changed[1], defined(logits[1], rules[1], [], ()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_more_tokens_than_the_vocabulary_has(world_size: int) -> None:
+    rules = LogitsRules(0.4, 0.3, 1.2, prompt_ids=PROMPT)
+    ranks = Ranks(world_size, 1)
+    ranks.open(0, sampling(rules))
+    output: list[int] = []
+    for token in [*[5] * VOCAB_SIZE, *range(VOCAB_SIZE)]:
+        ranks.add_chosen([0], [token])
+        output.append(token)
+    logits = random_logits(1, 6)
+    assert torch.equal(ranks.apply(logits, [0], [9])[0], defined(logits[0], rules, output, ()))
+
+
 class Operations(TorchDispatchMode):
     """Counts what torch is asked to do."""
 
