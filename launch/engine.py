@@ -15,7 +15,7 @@ from ..runtime.coordinator.remote import CacheSize, RemoteExecutor
 from ..runtime.coordinator.request import Request
 from ..runtime.errors import ConfigError
 from ..runtime.models.checkpoint_index import read_index
-from ..runtime.models.prompt import Prompt, tokenize_prompt
+from ..runtime.models.prompt import Prompt, check_token_ids, tokenize_bad_words, tokenize_prompt
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
 from ..runtime.models.tokenizer import load_tokenizer
@@ -96,12 +96,18 @@ class Engine:
         return engine
 
     def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
-        """A request from a text, token ids, or chat messages. Raises RequestError when it cannot be tokenised."""
+        """A request from a text, token ids, or chat messages.
+
+        Raises RequestError when it cannot be tokenised, or names tokens that the model does not have.
+        """
+        vocab_size = self.spec.vocab_size
+        check_token_ids(sampling, vocab_size, request_id)
         return Request.new(
             request_id,
-            tokenize_prompt(self.tokenizer, self.spec.vocab_size, request_id, prompt),
+            tokenize_prompt(self.tokenizer, vocab_size, request_id, prompt),
             sampling,
             self.config.seed,
+            tokenize_bad_words(self.tokenizer, vocab_size, request_id, sampling.bad_words),
         )
 
     def close(self) -> None:

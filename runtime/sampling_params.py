@@ -2,9 +2,15 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_INT32 = 2**31 - 1  # JSON has integers of any size; plans and slots hold 32 bits
+MAX_BIAS = 100.0
+
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
+Bias = Annotated[
+    float, Field(allow_inf_nan=False), AfterValidator(lambda bias: min(max(bias, -MAX_BIAS), MAX_BIAS))
+]
 
 
 class SamplingParams(BaseModel):
@@ -40,14 +46,40 @@ class SamplingParams(BaseModel):
         le=MAX_INT32,
         description="no EOS, stop token or stop string ends the row before this many new tokens",
     )
-    stop: tuple[str, ...] = Field((), description="strings that end the row; not part of the text")
-    stop_token_ids: tuple[Annotated[int, Field(ge=0, le=MAX_INT32)], ...] = Field(
+    presence_penalty: float = Field(
+        0.0, ge=-2.0, le=2.0, description="taken from the logits of tokens that the output has"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2.0, le=2.0, description="taken from a token's logit for each time the output has it"
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="above 1, tokens of the prompt and the output become less likely; below 1, more",
+    )
+    logit_bias: dict[TokenId, Bias] | None = Field(
+        None, description="token id: what is added to its logit; held within -100 and 100"
+    )
+    allowed_token_ids: tuple[TokenId, ...] | None = Field(
+        None, min_length=1, description="no other tokens are chosen; null: all"
+    )
+    bad_words: tuple[str, ...] = Field(
+        (), description="texts whose tokens the output does not hold, at the start of a word or within one"
+    )
+    stop: tuple[str, ...] = Field((), description="strings that end the row")
+    include_stop_str_in_output: bool = Field(
+        False, description="the text keeps the stop string, or the stop token, that ended it"
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field(
         (), description="token ids that end the row, besides the model's EOS"
     )
     ignore_eos: bool = Field(False, description="go on after the model's EOS token")
     logprobs: int | None = Field(
         None, description="0 adds the chosen tokens' log probabilities; null adds none"
     )
+    detokenize: bool = Field(True, description="false leaves the text empty; the token ids are the answer")
+    skip_special_tokens: bool = Field(True, description="leave special tokens such as EOS out of the text")
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -63,10 +95,30 @@ class SamplingParams(BaseModel):
             raise ValueError("a stop string must not be empty")
         return value
 
-    @field_validator("stop_token_ids", mode="before")
+    @field_validator("stop_token_ids", "bad_words", mode="before")
     @classmethod
-    def _no_stop_tokens(cls, value: Any) -> Any:
+    def _none_given(cls, value: Any) -> Any:
         return () if value is None else value
+
+    @field_validator("bad_words")
+    @classmethod
+    def _usable_words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(word.strip() for word in value):
+            raise ValueError("a bad word must not be empty")
+        for word in value:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                raise ValueError("a bad word holds half of a surrogate pair, which is no character") from None
+        return value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids_in_json(cls, value: Any) -> Any:
+        """JSON's keys are strings."""
+        if not isinstance(value, dict):
+            return value
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: value[key] for key in value}
 
     @model_validator(mode="after")
     def _consistent(self) -> "SamplingParams":
@@ -74,7 +126,14 @@ class SamplingParams(BaseModel):
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.logprobs not in (None, 0):
             raise ValueError(f"logprobs={self.logprobs}: only the chosen token's are kept; use 0 or null")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings are looked for in the text, and detokenize=false makes none")
         return self
+
+    @property
+    def penalizes(self) -> bool:
+        """True when the counts of tokens matter."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
 
     @property
     def greedy(self) -> bool:

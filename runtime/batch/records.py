@@ -51,10 +51,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
     "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "tools": ([],),
     "response_format": ({"type": "text"},),
 }

@@ -22,8 +22,11 @@ class TokenDecoder(Protocol):
 class Detokenizer:
     """The text of one request's output tokens."""
 
-    def __init__(self, decoder: TokenDecoder, prompt_token_ids: list[int]) -> None:
+    def __init__(
+        self, decoder: TokenDecoder, prompt_token_ids: list[int], *, skip_special_tokens: bool = True
+    ) -> None:
         self._decoder = decoder
+        self._skip_special_tokens = skip_special_tokens
         self._window = prompt_token_ids[-CONTEXT:]
         self._num_given = len(self._decode())  # characters of the window's text that are given out
         self._border = 0  # tokens of the window up to a border between characters, in its second half
@@ -54,7 +57,7 @@ class Detokenizer:
         return piece
 
     def _decode(self) -> str:
-        return self._decoder.decode(self._window, skip_special_tokens=True)
+        return self._decoder.decode(self._window, skip_special_tokens=self._skip_special_tokens)
 
     def _start_at(self, border: int) -> None:
         del self._window[:border]

@@ -45,6 +45,8 @@ class Coordinator:
         self.limits.max_len(request)
         if request.sampling.stop and not self._has_tokenizer:
             raise RequestError(f'request "{request.request_id}": stop strings need a tokenizer')
+        if request.sampling.bad_words and not request.bad_word_ids:
+            raise RequestError(f'request "{request.request_id}": bad_words need a tokenizer')
         if request.request_id in self._requests:
             raise RequestError(f'request "{request.request_id}": another one with this id has not ended')
 

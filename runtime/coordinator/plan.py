@@ -11,6 +11,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from .logits_rules import LogitsRules
+
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
@@ -30,6 +32,7 @@ class SlotSampling:
     logprobs: bool
     stop_ids: tuple[int, ...]  # tokens suppressed while the new token's position is below stop_from
     stop_from: int  # first position in the sequence where an end token is allowed
+    rules: LogitsRules | None = None  # None: the logits are used as they are
 
     @property
     def greedy(self) -> bool:
@@ -115,6 +118,7 @@ def encode_plan(plan: StepPlan) -> bytes:
                 slot.sampling.logprobs,
                 slot.sampling.stop_ids,
                 slot.sampling.stop_from,
+                None if slot.sampling.rules is None else slot.sampling.rules.pack(),
             ),
         )
         for slot in plan.opened
@@ -150,9 +154,9 @@ def decode_plan(data: bytes) -> StepPlan:
                 slot=slot,
                 context_len=context_len,
                 block_ids=tuple(_int32(blocks).tolist()),
-                sampling=SlotSampling(*sampling),
+                sampling=SlotSampling(*(*sampling, None if rules is None else LogitsRules.unpack(rules))),
             )
-            for slot, context_len, blocks, sampling in opened
+            for slot, context_len, blocks, (*sampling, rules) in opened
         ),
         appended_slots=_int32(app_slots),
         appended_blocks=_int32(app_blocks),

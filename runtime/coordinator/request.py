@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from ..sampling_params import SamplingParams
+from .logits_rules import LogitsRules
 from .plan import SlotSampling
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Request:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of `sampling.bad_words`
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
     output_logprobs: list[float] | None = None  # of the raw logits, one an output token, when asked for
@@ -62,10 +64,16 @@ class Request:
 
     @classmethod
     def new(
-        cls, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams, job_seed: int = 0
+        cls,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        job_seed: int = 0,
+        bad_word_ids: tuple[tuple[int, ...], ...] = (),
     ) -> "Request":
         """A request whose seed is `sampling.seed`, or comes from `job_seed` and `request_id`."""
-        return cls(request_id, prompt_token_ids, sampling, request_seed(sampling, job_seed, request_id))
+        seed = request_seed(sampling, job_seed, request_id)
+        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -101,4 +109,25 @@ class Request:
             logprobs=sampling.logprobs is not None,
             stop_ids=stop_ids,
             stop_from=len(self.prompt_token_ids) + sampling.min_tokens,
+            rules=self._logits_rules(),
+        )
+
+    def _logits_rules(self) -> LogitsRules | None:
+        """What changes the logits, with as much of the sequence as that needs; None when nothing does."""
+        sampling = self.sampling
+        if not (sampling.penalizes or sampling.logit_bias or sampling.allowed_token_ids or self.bad_word_ids):
+            return None
+        num_needed = max((len(word) - 1 for word in self.bad_word_ids), default=0)
+        if sampling.penalizes:
+            num_needed = len(self.output_token_ids)
+        num_left_out = max(len(self.output_token_ids) - num_needed, 0)
+        return LogitsRules(
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=tuple((sampling.logit_bias or {}).items()),
+            allowed_token_ids=sampling.allowed_token_ids,
+            bad_words=self.bad_word_ids,
+            prompt_ids=tuple(set(self.prompt_token_ids)) if sampling.repetition_penalty != 1.0 else (),
+            output_ids=tuple(self.output_token_ids[num_left_out:]),
         )

@@ -13,6 +13,8 @@ NOT_FINITE = (
     "or its weights are damaged"
 )
 
+NOTHING_LEFT = f"allowed_token_ids, bad_words and min_tokens may leave no token to choose; or {NOT_FINITE}"
+
 
 @dataclass(frozen=True, slots=True)
 class SentPlan:
@@ -49,6 +51,8 @@ class SentPlan:
             if request.first_token_s is None and request.output_token_ids:
                 request.first_token_s = now
         for row in np.flatnonzero(self.samples & (result.token_ids == NO_TOKEN)).tolist():
-            if self.requests[row].status != "finished":
-                self.requests[row].error = NOT_FINITE
+            request = self.requests[row]
+            if request.status != "finished":
+                is_masked = request.sampling.allowed_token_ids or request.bad_word_ids
+                request.error = NOTHING_LEFT if is_masked else NOT_FINITE
         return num_dropped

@@ -11,6 +11,7 @@ class EndOfRequest:
 
     An ending token (EOS or a stop token) stays in `output_token_ids` and is not part of the text.
     The text is cut before a stop string; the token that completed it stays in the ids.
+    With include_stop_str_in_output the text keeps both, as far as skip_special_tokens lets it.
     """
 
     def __init__(self, eos_token_ids: Collection[int], decoder: TokenDecoder | None) -> None:
@@ -21,7 +22,7 @@ class EndOfRequest:
         """Call once before the first token. Stop strings need the text as it grows."""
         if request.sampling.stop:
             assert self._decoder is not None, "stop strings are refused without a tokenizer"
-            request.detokenizer = Detokenizer(self._decoder, request.prompt_token_ids)
+            request.detokenizer = self._detokenizer(request, self._decoder)
 
     def reached(self, request: Request) -> FinishReason | None:
         """Look at the newest token: "stop", "length" or None. Sets `stop_reason` and `text`."""
@@ -43,14 +44,22 @@ class EndOfRequest:
         """Bring `text` to the end; call once when the request has ended for whatever reason."""
         if self._decoder is None or isinstance(request.stop_reason, str):
             return  # a stop string has cut the text already
-        if request.detokenizer is not None:
-            request.text += request.detokenizer.finish([])
-            request.detokenizer = None
+        if not request.sampling.detokenize:
             return
-        token_ids = request.output_token_ids
-        if request.finish_reason == "stop":
-            token_ids = token_ids[:-1]
-        request.text = Detokenizer(self._decoder, request.prompt_token_ids).finish(token_ids)
+        drops_last = request.finish_reason == "stop" and not request.sampling.include_stop_str_in_output
+        token_ids = request.output_token_ids[:-1] if drops_last else request.output_token_ids
+        if request.detokenizer is None:
+            request.text = self._detokenizer(request, self._decoder).finish(token_ids)
+            return
+        # With stop strings all tokens but an ending one are in the text already.
+        ending = token_ids[-1:] if request.finish_reason == "stop" and not drops_last else []
+        request.text += request.detokenizer.finish(ending)
+        request.detokenizer = None
+
+    @staticmethod
+    def _detokenizer(request: Request, decoder: TokenDecoder) -> Detokenizer:
+        skip = request.sampling.skip_special_tokens
+        return Detokenizer(decoder, request.prompt_token_ids, skip_special_tokens=skip)
 
     @staticmethod
     def _extend_text(request: Request, piece: str, *, look_for_stop: bool) -> None:
@@ -64,5 +73,7 @@ class EndOfRequest:
             if at >= 0:
                 found.append((at, stop))
         if found:
-            at, request.stop_reason = min(found, key=lambda hit: hit[0])
-            request.text = request.text[:at]
+            at, stop = min(found, key=lambda hit: hit[0])
+            request.stop_reason = stop
+            end = at + len(stop) if request.sampling.include_stop_str_in_output else at
+            request.text = request.text[:end]

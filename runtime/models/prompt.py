@@ -1,9 +1,10 @@
-"""From what a row asks to token ids."""
+"""From what a row asks to token ids: its prompt and its bad words."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import RequestError
+from ..sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """A text, token ids, or chat messages with role and content."""
@@ -29,6 +30,40 @@ def tokenize_prompt(tokenizer: Any, vocab_size: int, request_id: str, prompt: Pr
     except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it may raise anything
         raise RequestError(f'request "{request_id}": the chat template refused it: {error}') from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def tokenize_bad_words(
+    tokenizer: Any, vocab_size: int, request_id: str, words: Sequence[str]
+) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that `bad_words` mean: each word as it begins a text, and as it follows a space.
+
+    As in vLLM (`vllm/sampling_params.py`, `update_from_tokenizer`), the second counts when it has as many tokens and
+    begins with another one. Raises RequestError for a word without tokens, or beyond the model's vocabulary.
+    """
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        plain, spaced = (
+            tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        if not plain:
+            raise RequestError(f'request "{request_id}": bad_words: {word!r} has no tokens; leave it out')
+        sequences[plain] = None
+        if len(spaced) == len(plain) and spaced[0] != plain[0]:
+            sequences[spaced] = None
+    for sequence in sequences:
+        _checked(sequence, vocab_size, request_id)
+    return tuple(sequences)
+
+
+def check_token_ids(sampling: SamplingParams, vocab_size: int, request_id: str) -> None:
+    """Raises RequestError when the settings name a token that the model does not have."""
+    for name in ("logit_bias", "allowed_token_ids"):
+        for token_id in getattr(sampling, name) or ():
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f'request "{request_id}": {name}: token id {token_id} is not in the vocabulary of {vocab_size}'
+                )
 
 
 def _checked(prompt: Sequence[Any], vocab_size: int, request_id: str) -> list[int]:

@@ -5,9 +5,11 @@ Per shard, in bytes:
     weights   = storage of its parameters, aliases once                            (exact)
     KV        = num_blocks * block_size * 2 * layers * local KV heads * row                     (exact)
       row         = head_dim * dtype; with cache.dtype int8 or fp8 head_dim + 2, with int4 head_dim / 2 + 2: codes and scale
-    reserve   = activations + logits + rotary tables + runtime                     (stated, not measured)
+    reserve   = activations + logits + seen + rotary tables + runtime                     (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
-      logits      = max_num_seqs * vocabulary rows * (dtype + 24)     raw, float32 copies, room for sampling in torch
+      logits      = max_num_seqs * vocabulary rows * (dtype + 34)     raw, float32 copies, room for sampling in torch; 6 of
+                    it are counts and masks of penalties and allowed tokens, made when the first request asks for them
+      seen        = max_num_seqs * min(vocabulary rows, 2 * longest request) * 28     tokens to penalise, and room for it
       rotary      = longest request * 2 * sum of rotary_dim * 4       cos and sin, float32, of every kind of layer
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
                     there are more shards; CPU: 256 MiB
@@ -212,13 +214,14 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     vocab_rows = max(len(shard.vocab_rows) for shard in shard_map.shards)
     token_elements = 4 * spec.hidden_size + 2 * qkv_heads * spec.head_dim + 3 * mlp_columns
     activations = scheduler.max_num_batched_tokens * token_elements * dtype_bytes
-    logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 24)
+    logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 34)
     longest = scheduler.max_model_len or spec.max_position_embeddings
+    seen = scheduler.max_num_seqs * min(vocab_rows, 2 * longest) * 28
     rotary = longest * 2 * sum(rotary.rotary_dim for rotary in spec.rotaries) * 4
     if device_kind == "cuda":
         runtime = (1024 if shard_map.world_size == 1 else 1536) * _MIB
-        return activations + logits + rotary + runtime
-    return activations + logits + rotary + 256 * _MIB
+        return activations + logits + seen + rotary + runtime
+    return activations + logits + seen + rotary + 256 * _MIB
 
 
 def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:

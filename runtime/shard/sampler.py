@@ -15,11 +15,11 @@ from ...kernels import sampling_ops as ops
 from ...kernels.host import to_device
 from ...parallel.group import Group
 from ..coordinator.plan import NO_TOKEN, Int32, SlotSampling
+from .logits_processors import LogitsProcessors
 from .radix_select import cut_at_weight, ordered_keys
 
 _MAX_VOCAB_SIZE = 1 << 22  # so that the mass of all tokens fits into an int64
 _ID_MASK = 0xFFFFFFFF
-_NO_ID = -1
 _KEY_OF_INFINITY = 0x7F800000
 
 Int64 = npt.NDArray[np.int64]
@@ -28,7 +28,7 @@ Int64 = npt.NDArray[np.int64]
 class Sampler:
     """Greedy choice, or a sample after temperature, min_p, top_k and top_p, with vLLM's meaning and order.
 
-    For each row: suppress end tokens (min_tokens), divide by the temperature, keep logits at or above the cut, add
+    For each row: change the logits (`LogitsProcessors`), divide by the temperature, keep logits at or above the cut, add
     Gumbel noise, take the largest (Gumbel-max). The cut is the highest of three:
       min_p  log(min_p) below the row's largest logit
       top_k  the k-th largest logit
@@ -58,9 +58,7 @@ class Sampler:
         self._samples = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._logprobs = np.zeros(max_num_seqs, np.bool_)
-        self._stop_from = np.zeros(max_num_seqs, np.int64)
-        # End tokens among this rank's rows, as columns of its logits; as wide as the longest list so far.
-        self._stop_columns = np.full((max_num_seqs, 1), _NO_ID, np.int64)
+        self._processors = LogitsProcessors(vocab_rows, max_num_seqs, device)
 
     def open(self, slot: int, sampling: SlotSampling) -> None:
         """Set all that is kept for a slot; what it held before is gone."""
@@ -73,16 +71,10 @@ class Sampler:
         self._log_min_p[slot] = math.log(sampling.min_p) if samples and sampling.min_p > 0 else -math.inf
         self._seed[slot] = sampling.seed
         self._logprobs[slot] = sampling.logprobs
-        self._stop_from[slot] = sampling.stop_from
-        columns = [token - self.vocab_rows.start for token in sampling.stop_ids if token in self.vocab_rows]
-        missing = len(columns) - self._stop_columns.shape[1]
-        if missing > 0:
-            self._stop_columns = np.pad(self._stop_columns, ((0, 0), (0, missing)), constant_values=_NO_ID)
-        self._stop_columns[slot] = _NO_ID
-        self._stop_columns[slot, : len(columns)] = columns
+        self._processors.open(slot, sampling)
 
     def sample(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor | None]:
-        """One token per row; all ranks call it with the same slots and positions.
+        """One token per row, counted as output of its slot; all ranks call it with the same slots and positions.
 
         logits     [R, len(vocab_rows)] float32; not changed
         slots      [R], the slot of each row
@@ -93,25 +85,16 @@ class Sampler:
         shape = (len(slots), len(self.vocab_rows))
         assert logits.shape == shape, f"logits of shape {tuple(logits.shape)}, expected {shape}"
         assert logits.dtype == torch.float32, f"logits of {logits.dtype}, expected float32"
-        allowed = self._suppress(logits, slots, positions)
+        processed = self._processors.apply(logits, slots, positions)
         if self._samples[slots].any():
-            best = self._perturbed_best(allowed, slots, positions)
+            best = self._perturbed_best(processed, slots, positions)
         else:
-            best = ops.row_argmax(allowed)
+            best = ops.row_argmax(processed)
         token_ids = self._winner(*best)
+        self._processors.add_chosen(slots, token_ids)
         if not self._logprobs[slots].any():
             return token_ids, None
         return token_ids, self._chosen_logprobs(logits, token_ids)
-
-    def _suppress(self, logits: Tensor, slots: Int32, positions: Int64) -> Tensor:
-        """The logits, with end tokens at -inf where it is too early for them."""
-        columns = self._stop_columns[slots]
-        early = positions < self._stop_from[slots]
-        rows, places = np.nonzero(early[:, None] & (columns != _NO_ID))
-        if not len(rows):
-            return logits
-        index = self._to_device(np.stack((rows, columns[rows, places])))
-        return logits.index_put((index[0], index[1]), torch.full((), -math.inf, device=self.device))
 
     def _perturbed_best(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor]:
         """This rank's largest score and its column: of the samples, and in greedy rows of the logits."""

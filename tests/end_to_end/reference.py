@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,8 +58,11 @@ def tokenize(prompts: list[list[dict[str, str]]]) -> list[list[int]]:
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
-def generate_reference(prompts: list[list[int]], max_tokens: int) -> list[ReferenceRow]:
-    """One row at a time, float32, weights read and dequantised by transformers itself."""
+def generate_reference(prompts: list[list[int]], max_tokens: int, **settings: Any) -> list[ReferenceRow]:
+    """One row at a time, float32, weights read and dequantised by transformers itself.
+
+    `settings` are those of its `generate`; gaps are of the logits that they have changed.
+    """
     path = fetch_demo()
     model = LlamaForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, config=PUBLISHED_CONFIG, dtype=torch.float32
@@ -71,10 +75,11 @@ def generate_reference(prompts: list[list[int]], max_tokens: int) -> list[Refere
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=max_tokens,
                 do_sample=False,
-                output_logits=True,
+                output_scores=True,
                 return_dict_in_generate=True,
+                **settings,
             )
-        top = [logits[0].topk(2).values for logits in out.logits]
+        top = [scores[0].topk(2).values for scores in out.scores]
         rows.append(
             ReferenceRow(
                 prompt_token_ids=prompt,

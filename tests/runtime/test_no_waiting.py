@@ -11,7 +11,9 @@ import torch
 from kvshard.kernels import sampling_ops
 from kvshard.kernels.metadata import AttentionMetadata
 from kvshard.parallel.group import Group
+from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.plan import OpenedSlot, SlotSampling, StepPlan
+from kvshard.runtime.shard.logits_processors import LogitsProcessors
 from kvshard.runtime.shard.sampler import Sampler
 from kvshard.runtime.shard.slots import Slots
 
@@ -40,7 +42,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def sampling(**changes: float) -> SlotSampling:
+def sampling(**changes: float | LogitsRules) -> SlotSampling:
     values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "stop_from": 0}
     return SlotSampling(**(values | {"logprobs": True, "stop_ids": (3,)} | changes))  # type: ignore[arg-type]
 
@@ -79,6 +81,28 @@ def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     assert token_ids.shape == (3,)
     assert logprobs is not None
     assert len(copies) == 3
+    assert all(copies)
+
+
+def test_changing_logits_and_counting_tokens(copies: list[bool]) -> None:
+    rules = LogitsRules(
+        presence_penalty=1.0,
+        repetition_penalty=1.2,
+        logit_bias=((5, 1.0), (6, 2.0)),
+        allowed_token_ids=tuple(range(50)),
+        bad_words=((1,), (2, 3), (2, 4, 3)),
+        prompt_ids=(3, 4),
+        output_ids=(2, 2, 2),
+    )
+    processors = LogitsProcessors(range(100), 4, META)
+    for slot, opened in enumerate((sampling(rules=rules, stop_from=9), sampling(), sampling(rules=rules))):
+        processors.open(slot, opened)
+    num_on_open = len(copies)
+    slots = np.arange(3, dtype=np.int32)
+    changed = processors.apply(torch.empty(3, 100, device=META), slots, np.array([4, 4, 4]))
+    processors.add_chosen(slots, torch.zeros(3, dtype=torch.int64, device=META))
+    assert changed.shape == (3, 100)
+    assert 0 < num_on_open < len(copies)
     assert all(copies)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,10 +102,11 @@ def generate(
     prompts: dict[str, list[int]],
     sampling: dict[str, SamplingParams] | None = None,
     after_step: Callable[[int, dict[str, Request]], None] = lambda step, requests: None,
+    bad_word_ids: tuple[tuple[int, ...], ...] = (),
 ) -> dict[str, Request]:
     greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     requests = {
-        name: Request.new(name, prompt, (sampling or {}).get(name, greedy))
+        name: Request.new(name, prompt, (sampling or {}).get(name, greedy), bad_word_ids=bad_word_ids)
         for name, prompt in prompts.items()
     }
     for request in requests.values():
@@ -211,3 +213,59 @@ def test_all_at_once_leaves_nothing_behind(model: Path, alone: dict[str, list[in
     assert {request.finish_reason for request in requests.values()} == {"abort", "length"}
     for name, request in requests.items():
         assert request.output_token_ids == alone[name[0]][: len(request.output_token_ids)]
+
+
+def test_penalties_see_tokens_that_the_host_does_not_know(model: Path) -> None:
+    """So strong that no token may come twice: one that is counted a step late would."""
+    penalized = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, repetition_penalty=1e6)
+    coordinator = start(model, run_ahead=3)
+    requests = generate(coordinator, PROMPTS, dict.fromkeys(PROMPTS, penalized))
+    assert coordinator.stats.max_plans_in_flight_ahead == 3
+    for request in requests.values():
+        assert len(set(request.output_token_ids)) == NUM_TOKENS
+        assert not set(request.output_token_ids) & set(request.prompt_token_ids)
+
+
+def test_a_bad_word_is_seen_in_tokens_that_the_host_does_not_know(
+    model: Path, alone: dict[str, list[int]]
+) -> None:
+    words = tuple(tuple(tokens[first : first + 3]) for tokens in alone.values() for first in (2, 6))
+    requests = generate(start(model, run_ahead=3), PROMPTS, bad_word_ids=words)
+    for name, request in requests.items():
+        tokens = request.output_token_ids
+        assert tokens[:4] == alone[name][:4]
+        assert tokens != alone[name]
+        assert not {tuple(tokens[i : i + 3]) for i in range(NUM_TOKENS)} & set(words)
+
+
+@pytest.mark.parametrize("run_ahead", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.7, "repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8, "logit_bias": {8: 1.0, 99: -1.0}},
+        {"allowed_token_ids": tuple(range(20, 40)), "frequency_penalty": 0.5},
+    ],
+    ids=str,
+)
+def test_a_preempted_row_goes_on_with_its_counts(
+    model: Path, settings: dict[str, Any], run_ahead: int
+) -> None:
+    sampling = {
+        name: SamplingParams(temperature=0.3, seed=index, max_tokens=NUM_TOKENS, **settings)
+        for index, name in enumerate(PROMPTS)
+    }
+    words = ((8, 8), (19, 77, 3), (30,))
+    undisturbed = {
+        name: generate(start(model, run_ahead=0), {name: PROMPTS[name]}, sampling, bad_word_ids=words)[name]
+        for name in PROMPTS
+    }
+    plain = [SamplingParams(temperature=0.3, seed=index, max_tokens=NUM_TOKENS) for index in range(3)]
+    without = generate(start(model), PROMPTS, dict(zip(PROMPTS, plain, strict=True)))
+    coordinator = start(model, run_ahead=run_ahead, num_blocks=13)
+    requests = generate(coordinator, PROMPTS, sampling, bad_word_ids=words)
+    assert coordinator.stats.num_preemptions > 0
+    for name, request in requests.items():
+        assert request.output_token_ids == undisturbed[name].output_token_ids
+        assert request.output_token_ids != without[name].output_token_ids

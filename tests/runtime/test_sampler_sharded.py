@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import FileStore
 
 from kvshard.parallel.group import Group
+from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.plan import NO_TOKEN, SlotSampling
 from kvshard.runtime.shard.sampler import Sampler
 
@@ -75,6 +76,16 @@ def settings(**changes: Any) -> SlotSampling:
     return SlotSampling(**{**values, "stop_ids": (), "stop_from": 0, **changes})
 
 
+CHANGES = LogitsRules(
+    presence_penalty=0.5,
+    frequency_penalty=0.2,
+    repetition_penalty=1.3,
+    logit_bias=((0, 4.0), (77, -3.0), (1002, 6.0)),
+    bad_words=((5,), (8, 6), (9, 8, 7), (9, 8, 1002)),
+    prompt_ids=(3, 4, 500),
+    output_ids=(*range(0, 1003, 5), 9, 8),
+)
+
 KINDS = [
     {"temperature": 0.0},
     {"temperature": 0.0, "stop_ids": (0, 1, 500, 1002), "stop_from": 1000},
@@ -87,6 +98,8 @@ KINDS = [
     {"min_p": 0.05},
     {"top_k": 50, "top_p": 0.8},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.01, "stop_ids": tuple(range(0, 1003, 7)), "stop_from": 1000},
+    {"temperature": 0.0, "rules": CHANGES},
+    {"top_k": 50, "rules": CHANGES},
 ]
 SLOTS = [settings(**kind, seed=2**64 - 1 - index) for index, kind in enumerate(KINDS)]
 
@@ -168,7 +181,7 @@ def test_every_rank_and_every_size_gives_the_same_bits(world_size: int, kind: st
         assert result == expected
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(kind))
 def test_batches_of_one_kind_are_the_same_for_every_size(kind: dict[str, Any]) -> None:
     """These take the short cuts: stages that no row needs are left out."""
     logits = make_logits("tied")

@@ -70,6 +70,31 @@ def test_openai_lines(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("form", ["plain", "openai"])
+def test_everything_that_sampling_may_say(tmp_path: Path, form: str) -> None:
+    fields = {
+        "presence_penalty": 1,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"5": -300, "7": 1},
+        "allowed_token_ids": [5, 6, 7],
+        "bad_words": ["bad", "worse"],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
+    line = {"id": "a", **CHAT, **fields} if form == "plain" else openai(CHAT | fields)
+    [row] = read(tmp_path, line)
+    assert isinstance(row, Row)
+    assert row.sampling == DEFAULTS.model_copy(
+        update=fields
+        | {
+            "logit_bias": {5: -100.0, 7: 1.0},
+            "allowed_token_ids": (5, 6, 7),
+            "bad_words": ("bad", "worse"),
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -132,6 +157,13 @@ def test_a_line_without_a_usable_id_is_named_after_its_line(tmp_path: Path, line
         ({**CHAT, "top_k": 2**64}, "top_k=18446744073709551616: Input should be less than"),
         ({**CHAT, "min_tokens": 2**64}, "min_tokens=18446744073709551616"),
         ({**CHAT, "stop_token_ids": [2**64]}, "stop_token_ids.0=18446744073709551616"),
+        ({**CHAT, "presence_penalty": 3}, "presence_penalty=3: Input should be less than or equal to 2"),
+        ({**CHAT, "repetition_penalty": "1"}, 'repetition_penalty="1"'),
+        ({**CHAT, "logit_bias": {"x": 1}}, "logit_bias.x"),
+        ({**CHAT, "logit_bias": {"1": True}}, "logit_bias.1=true"),
+        ({**CHAT, "allowed_token_ids": []}, "allowed_token_ids=[]"),
+        ({**CHAT, "bad_words": "word"}, 'bad_words="word"'),
+        ({**CHAT, "detokenize": False}, "stop strings are looked for in the text"),
         # No tokenizer takes these, and a template may print them.
         ({"messages": [{"role": "\ud83d", "content": "x"}]}, "messages[0].role holds half of a surrogate"),
         ({"messages": [{**USER, "name": "\ud83d"}]}, "messages[0].name holds half of a surrogate"),

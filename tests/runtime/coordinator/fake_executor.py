@@ -175,8 +175,8 @@ class LetterTokenizer:
         self.num_special = num_special
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return "".join(chr(0x4E00 + token) for token in token_ids if token >= self.num_special)
+        num_left_out = self.num_special if skip_special_tokens else 0
+        return "".join(chr(0x4E00 + token) for token in token_ids if token >= num_left_out)
 
 
 def make_limits(**changes: int | bool) -> Limits:

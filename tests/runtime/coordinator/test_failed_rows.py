@@ -28,6 +28,16 @@ def test_others_go_on(fake: ModuleType, run_ahead: int, num_good: int, cache_ena
     assert sorted(row.request_id for row in run.finished) == ["a", "b", "c"]
 
 
+def test_a_row_with_masks_may_have_left_itself_nothing(fake: ModuleType) -> None:
+    run = fake.Run(fake.make_limits())
+    request = fake.make_request("a", 6, max_tokens=20, allowed_token_ids=[5])
+    _broken_from(run, request.seed, 6)
+    run.add(request)
+    run.to_the_end()
+    assert request.finish_reason == "error"
+    assert request.error.startswith("allowed_token_ids, bad_words and min_tokens may leave no token")
+
+
 def test_a_row_that_has_ended_cannot_fail_afterwards(fake: ModuleType) -> None:
     """Plans in flight go on past its EOS; what they compute is nobody's business."""
     request = fake.make_request("a", 6, max_tokens=20)

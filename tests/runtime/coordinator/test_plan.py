@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.plan import (
     OpenedSlot,
     SlotSampling,
@@ -33,6 +34,18 @@ def bools(size: int) -> st.SearchStrategy:
     )
 
 
+ids = st.lists(int32, max_size=4).map(tuple)
+rules = st.builds(
+    LogitsRules,
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.1, 10),
+    logit_bias=st.lists(st.tuples(int32, st.floats(-100, 100)), max_size=3).map(tuple),
+    allowed_token_ids=st.none() | ids,
+    bad_words=st.lists(ids, max_size=3).map(tuple),
+    prompt_ids=ids,
+    output_ids=ids,
+)
 samplings = st.builds(
     SlotSampling,
     temperature=st.floats(0, 100),
@@ -43,6 +56,7 @@ samplings = st.builds(
     logprobs=st.booleans(),
     stop_ids=st.lists(int32, max_size=3).map(tuple),
     stop_from=st.integers(0, 2**31 - 1),
+    rules=st.none() | rules,
 )
 opened = st.builds(
     OpenedSlot,

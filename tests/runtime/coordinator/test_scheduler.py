@@ -1,11 +1,13 @@
 """Admission, order, limits, times."""
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.request import Request, request_seed
 from kvshard.runtime.errors import RequestError
 from kvshard.runtime.sampling_params import SamplingParams
@@ -209,6 +211,33 @@ def test_what_shards_are_told_to_sample() -> None:
     assert (slot.stop_ids, slot.stop_from) == ((9, 7), 7)
     ignoring = greedy.model_copy(update={"ignore_eos": True})
     assert Request.new("a", [1], ignoring).slot_sampling((9,)).stop_ids == (7,)
+
+
+def test_shards_get_as_much_of_the_sequence_as_the_rules_need() -> None:
+    def rules_of(bad_words: tuple[tuple[int, ...], ...] = (), **sampling: Any) -> LogitsRules | None:
+        request = Request.new("a", [5, 3, 5], SamplingParams(**sampling), bad_word_ids=bad_words)
+        request.output_token_ids = [7, 8, 8, 9]
+        return request.slot_sampling(()).rules
+
+    assert rules_of(temperature=0.5, stop=["x"], min_tokens=3) is None
+    assert rules_of(presence_penalty=1) == LogitsRules(presence_penalty=1.0, output_ids=(7, 8, 8, 9))
+    assert rules_of(((1,), (1, 2, 3)), frequency_penalty=-1) == LogitsRules(
+        frequency_penalty=-1.0, bad_words=((1,), (1, 2, 3)), output_ids=(7, 8, 8, 9)
+    )
+    repetition = rules_of(repetition_penalty=2)
+    assert repetition is not None
+    assert sorted(repetition.prompt_ids) == [3, 5]
+    assert rules_of(((1,), (1, 2, 3))) == LogitsRules(bad_words=((1,), (1, 2, 3)), output_ids=(8, 9))
+    assert rules_of(((1,),)) == LogitsRules(bad_words=((1,),))
+    assert rules_of(logit_bias={4: 2}, allowed_token_ids=(4, 5)) == LogitsRules(
+        logit_bias=((4, 2.0),), allowed_token_ids=(4, 5)
+    )
+
+
+def test_bad_words_without_tokens_are_refused(fake: ModuleType) -> None:
+    run = fake.Run(fake.make_limits(), (), fake.LetterTokenizer())
+    with pytest.raises(RequestError, match='request "a": bad_words need a tokenizer'):
+        run.add(fake.make_request("a", 6, bad_words=["x"]))
 
 
 def test_seeds() -> None:

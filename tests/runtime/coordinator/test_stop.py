@@ -71,6 +71,41 @@ def test_an_ending_token_is_kept_as_id_and_not_as_text(fake: ModuleType, full: l
             assert request.stop_reason == (None if "eos" in how else full[4])
 
 
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_the_text_keeps_a_stop_string_that_is_asked_for(
+    fake: ModuleType, full: list[int], first: int
+) -> None:
+    """Not what its last token holds beyond it."""
+    stop = _text(fake, full[first : first + 2])
+    request = _run(fake, stop=["never", stop], include_stop_str_in_output=True)
+    assert request.text == _text(fake, full[: first + 2])
+    assert (request.finish_reason, request.stop_reason) == ("stop", stop)
+
+
+@pytest.mark.parametrize("stop", [[], ["never"]])
+@pytest.mark.parametrize("how", ["eos", "stop_token_ids"])
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_the_text_keeps_an_ending_token_that_is_asked_for(
+    fake: ModuleType, full: list[int], how: str, stop: list[str], skip_special_tokens: bool
+) -> None:
+    settings = {"stop": stop, "include_stop_str_in_output": True, "skip_special_tokens": skip_special_tokens}
+    request = _run(fake, **settings, **{how: (full[4],)})
+    assert request.text == _text(fake, full[:5])
+    special = _run(fake, num_special=200, **settings, **{how: (full[4],)})
+    assert special.text == ("" if skip_special_tokens else _text(fake, full[:5]))
+
+
+def test_special_tokens_are_text_where_asked_for(fake: ModuleType, full: list[int]) -> None:
+    for stop in ([], ["never"]):
+        request = _run(fake, num_special=200, skip_special_tokens=False, stop=stop)
+        assert request.text == _text(fake, full)
+
+
+def test_no_text_without_detokenizing(fake: ModuleType, full: list[int]) -> None:
+    request = _run(fake, detokenize=False)
+    assert (request.text, request.output_token_ids) == ("", full)
+
+
 def test_eos_that_is_ignored_and_special_is_not_text(fake: ModuleType, full: list[int]) -> None:
     request = _run(fake, eos=tuple(range(30)), num_special=30, ignore_eos=True)
     assert request.output_token_ids == full
