@@ -1,5 +1,6 @@
 """Who gives way when blocks run out, and that everyone comes to an end."""
 
+import random
 from types import ModuleType
 from typing import Any
 
@@ -35,31 +36,45 @@ def test_the_cheapest_row_gives_way(
 
 
 def test_what_others_hold_too_is_not_lost(fake: ModuleType) -> None:
-    """The longest row shares all but its end, so it has the least to compute again."""
+    """The longest row shares all but its end, so it has the least to compute again when the second needs a block."""
     shared = fake.make_tokens("shared", 40)
-    run = fake.Run(fake.make_limits(num_blocks=1 + 10 + 2 + 1 + 5 + 2))
+    run = fake.Run(fake.make_limits(num_blocks=1 + 12 + 5 + 1 + 1))
     rows = [
         fake.make_request("0", 47, shared, max_tokens=20),
         fake.make_request("1", 17, max_tokens=20),
-        fake.make_request("2", 42, shared, max_tokens=20),
+        fake.make_request("2", 41, shared, max_tokens=20),
     ]
     assert _until_preempted(run, rows) == [2]
     run.to_the_end()
     run.assert_as_expected(*rows)
 
 
-def test_the_cheapest_row_is_not_starved(fake: ModuleType) -> None:
-    """A row that is always the cheapest to preempt, among a stream of dearer ones that come after it."""
-    run = fake.Run(fake.make_limits(num_blocks=24, max_num_seqs=6))
-    cheap = fake.make_request("cheap", 3, max_tokens=50)
-    run.add(fake.make_request("first", 24, max_tokens=10), cheap)
-    num_added = 0
-    while cheap.status != "finished":
-        while run.coordinator.num_waiting < 3:
-            run.add(fake.make_request(f"dear {num_added}", 24, max_tokens=12))
-            num_added += 1
-        run.step()
-        assert len(run.shards.plans) < 150
-    assert cheap.num_preemptions > 0
-    run.to_the_end()
-    run.assert_as_expected(*run.finished)
+@pytest.mark.parametrize("run_ahead", [0, 1, 3])
+def test_the_first_to_have_arrived_always_goes_on(fake: ModuleType, run_ahead: int) -> None:
+    """Rows of all sizes in a cache for two or three: the first of the unfinished is preempted no more, so all end."""
+    num_preemptions = num_admitted_late = 0
+    for seed in range(30):
+        chance = random.Random(seed)
+        limits = fake.make_limits(
+            num_blocks=16, max_model_len=60, max_num_seqs=chance.choice([3, 6]), run_ahead=run_ahead
+        )
+        run = fake.Run(limits)
+        rows = [
+            fake.make_request(f"{seed} {i}", chance.randrange(1, 30), max_tokens=chance.randrange(5, 31))
+            for i in range(14)
+        ]
+        run.add(*rows)
+        for first in rows:
+            while first.status == "waiting":
+                run.step()
+            running = run.coordinator._scheduler.slots.owners.values()
+            num_admitted_late += first in running and first is not next(iter(running))
+            num_before = first.num_preemptions
+            while first.status != "finished":
+                run.step()
+            assert first.num_preemptions == num_before
+        run.to_the_end()
+        run.assert_as_expected(*rows)
+        num_preemptions += run.coordinator.stats.num_preemptions
+    assert num_preemptions > 0
+    assert num_admitted_late > 0  # after rows that arrived later, as it was preempted for one before it

@@ -66,16 +66,16 @@ def test_a_shared_prefix_is_computed_once(fake: ModuleType, run_ahead: int) -> N
 @pytest.mark.parametrize("ends_early", [True, False])
 def test_a_later_row_finds_prompt_and_answer(fake: ModuleType, run_ahead: int, ends_early: bool) -> None:
     """As the next turn of a chat does, however far plans ran on past the answer's end."""
-    first = fake.make_request("a", 10, max_tokens=9)
+    first = fake.make_request("a", 11, max_tokens=9)
     answer, _ = fake.expected(first, (), 200)
     assert answer[8] not in answer[:8]
     if ends_early:
-        first = fake.make_request("a", 10, max_tokens=30, stop_token_ids=[answer[8]])
+        first = fake.make_request("a", 11, max_tokens=30, stop_token_ids=[answer[8]])
     run = fake.Run(fake.make_limits(run_ahead=run_ahead))
     assert _found(run, first) == 0
-    second = fake.make_request("b", 25, first.prompt_token_ids + answer, max_tokens=5)
-    assert _found(run, second) == 16  # of 18 tokens whose successors are known
-    third = fake.make_request("c", 25, second.prompt_token_ids, max_tokens=5)
+    second = fake.make_request("b", 26, first.prompt_token_ids + answer, max_tokens=5)
+    assert _found(run, second) == 16  # of 19 tokens whose successors are known
+    third = fake.make_request("c", 26, second.prompt_token_ids, max_tokens=5)
     assert _found(run, third) == 24
     run.assert_as_expected(first, second, third)
 
@@ -133,7 +133,18 @@ def test_rows_wait_for_what_they_share_and_others_pass(fake: ModuleType) -> None
     assert [row.admitted_s == rows[0].admitted_s for row in rows] == [True, False, True, False, True]
 
 
-def test_a_row_that_waits_keeps_a_slot_and_waits_once_for_each_row_ahead(fake: ModuleType) -> None:
+def test_a_slot_is_left_for_a_row_that_waits(fake: ModuleType) -> None:
+    run = fake.Run(fake.make_limits(max_num_seqs=2))
+    rows = [
+        fake.make_request(name, 14, fake.make_tokens(name[0], 9), max_tokens=9) for name in ("a1", "a2", "b")
+    ]
+    run.add(*rows)
+    run.to_the_end()
+    assert _opened(run)[:2] == [[0], [8]]
+    run.assert_as_expected(*rows)
+
+
+def test_a_row_waits_once_for_each_row_ahead(fake: ModuleType) -> None:
     """Row i shares i blocks with the last one, which so waits for each of them; others come all the time."""
     run = fake.Run(fake.make_limits(run_ahead=0, max_num_seqs=6))
     prefix = fake.make_tokens("prefix", 16)
@@ -176,8 +187,10 @@ def test_a_row_that_fails_leaves_nothing(fake: ModuleType, run_ahead: int, num_g
     assert _found(run, first) == 0
     assert _found(run, bad) == 8
     assert (bad.finish_reason, len(bad.output_token_ids)) == ("error", num_good)
+    # Not even what it shared with the first.
+    assert not any(map(run.coordinator._scheduler.blocks.is_published, range(run.limits.num_blocks)))
     again = fake.make_request("again", 30, prompt + bad.output_token_ids, max_tokens=4)
-    assert _found(run, again) == 0  # not even what the bad row shared with the first
+    assert _found(run, again) == 0
     once_more = fake.make_request("once more", 30, again.prompt_token_ids, max_tokens=4)
     assert _found(run, once_more) == 28
     run.assert_as_expected(first, again, once_more)
