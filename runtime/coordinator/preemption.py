@@ -8,28 +8,29 @@ from .slot_table import SlotTable
 
 
 def cheapest_victim(
-    table: SlotTable, blocks: BlockManager, block_size: int, needy: Request, settled: Collection[int]
+    table: SlotTable, blocks: BlockManager, block_size: int, settled: Collection[int]
 ) -> Request:
     """The running request with the fewest tokens to compute again; the last to arrive among equals.
 
     Tokens in blocks that others hold too are not lost with it; those in its own, even if they can be found
     by their hash, are what the rows that go on will take next. It is never the first to have arrived of
-    those that run: the first of all unfinished ones is therefore never held up for good, and then the
-    second is the first. Nor one of the slots `settled`, which have got blocks with this plan. Preferably
-    giving up its blocks helps: some are its own, or it is `needy`, which then needs none.
+    those that run: so the first of all that are unfinished always goes on, and once it has ended, the
+    second is the first. Nor is it one of the slots `settled`, which have got blocks with this plan.
     """
     first = min(request.arrival for request in table.owners.values())
 
-    def cost(request: Request) -> tuple[bool, int, int]:
-        num_shared = _num_shared(request, blocks)
-        helps = request is needy or num_shared < len(request.block_ids)
-        num_lost = max(int(table.num_computed[request.slot]) - num_shared * block_size, 0)
-        return not helps, num_lost, -request.arrival
+    def cost(request: Request) -> tuple[int, int]:
+        num_kept = _num_shared(request, blocks) * block_size
+        return max(int(table.num_computed[request.slot]) - num_kept, 0), -request.arrival
 
-    candidates = [
-        request for slot, request in table.owners.items() if request.arrival != first and slot not in settled
-    ]
-    return min(candidates, key=cost)
+    return min(
+        (
+            request
+            for slot, request in table.owners.items()
+            if request.arrival != first and slot not in settled
+        ),
+        key=cost,
+    )
 
 
 def _num_shared(request: Request, blocks: BlockManager) -> int:

@@ -143,7 +143,7 @@ class Scheduler:
                 continue  # preempted for another row
             request = table.owners[slot]
             while self.blocks.num_free == 0 and not self._draining and request.slot >= 0:
-                self._preempt(cheapest_victim(table, self.blocks, self.limits.block_size, request, settled))
+                self._preempt(cheapest_victim(table, self.blocks, self.limits.block_size, settled))
             if request.slot < 0:
                 continue
             if self.blocks.num_free == 0:
