@@ -43,6 +43,10 @@ class CacheConfig(_Section):
     enabled: bool = Field(
         True, description="false recomputes the whole sequence every step (to see what the cache is worth)"
     )
+    prefix_caching: bool = Field(
+        True,
+        description="compute a beginning that prompts share once, and keep it while there is room; off when enabled is false",
+    )
 
 
 class SchedulerConfig(_Section):

@@ -18,6 +18,7 @@ class Limits:
     max_num_batched_tokens: int
     run_ahead: int = 1
     cache_enabled: bool = True
+    prefix_caching: bool = True  # nothing without cache_enabled
 
     @classmethod
     def from_config(cls, config: JobConfig, *, num_blocks: int, max_model_len: int) -> "Limits":
@@ -30,6 +31,7 @@ class Limits:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             run_ahead=config.scheduler.run_ahead,
             cache_enabled=config.cache.enabled,
+            prefix_caching=config.cache.prefix_caching,
         )
 
     def num_blocks_for(self, num_tokens: int) -> int:

@@ -25,6 +25,10 @@ class PlanBuilder:
     def num_chunks(self) -> int:
         return len(self._chunks)
 
+    @property
+    def chunk_slots(self) -> list[int]:
+        return [slot for slot, _, _ in self._chunks]
+
     def add_decodes(self, slots: Int32, from_device: Bool, last_tokens: Int32) -> None:
         """One row a slot: its last token, which is the device's own where `from_device`."""
         self._decode_slots = slots

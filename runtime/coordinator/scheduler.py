@@ -7,11 +7,16 @@ Plans are sent before the results of earlier ones are back, and the shards run t
 order. From that follow the rules kept here. A row found finished may sit in plans already sent:
 their tokens for it are dropped, and its blocks are freed when the last of them has returned. A row
 that gave up its blocks (preempted) keeps the tokens still in flight, and waits for them before it
-is admitted again and recomputed. Blocks and slots given up are only ever used by plans sent later.
+is admitted again; what the cache has lost of it is recomputed. Blocks and slots given up are only
+ever used by plans sent later.
+
+Rows that begin alike share blocks (prefixes.py). A row whose next block is filled in the very plan
+being made waits for the next one, where it finds that block, and rows behind it may pass. It only ever
+waits for rows ahead of it, once for each: a row that passes it goes on otherwise from there.
 """
 
 import heapq
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 
@@ -19,6 +24,8 @@ from .block_manager import BlockManager
 from .limits import Limits
 from .plan import NO_TOKEN, Bool, Int32, OpenedSlot, StepPlan, StepResult
 from .plan_builder import PlanBuilder
+from .preemption import cheapest_victim
+from .prefixes import Prefixes
 from .request import Request
 from .sent_plan import SentPlan
 from .slot_table import SlotTable
@@ -34,6 +41,7 @@ class Scheduler:
         self.limits = limits
         self.blocks = BlockManager(limits.num_blocks)
         self.slots = SlotTable(limits.max_num_seqs)
+        self._prefixes = Prefixes(self.blocks, limits)
         self._eos_token_ids = eos_token_ids
         self._stats = stats
         self._epoch = epoch
@@ -60,13 +68,15 @@ class Scheduler:
     def finish(self, request: Request) -> None:
         """Take out a request that has ended; plans already sent may still hold it."""
         request.status = "finished"
-        if request.slot < 0:
-            return
-        self._release_slot(request)
-        if request.last_step_id > self._returned_step_id:
-            self._draining.append(request)
-        else:
-            self._free_blocks(request)
+        if request.error is not None:
+            self._prefixes.withdraw(request)
+        if request.slot >= 0:
+            self._release_slot(request)
+            if request.last_step_id > self._returned_step_id:
+                self._draining.append(request)
+            else:
+                self._free_blocks(request)
+        request.block_hashes.clear()
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next plan, counted as sent; None when nothing can run before a result returns."""
@@ -120,19 +130,20 @@ class Scheduler:
         builder.add_decodes(slots, table.num_in_flight[slots] > 0, table.last_token[slots])
 
     def _append_blocks(self, builder: PlanBuilder, slots: Int32, needs_block: Bool) -> Int32:
-        """One more block for each slot that needs it, the oldest first; the slots that can run.
+        """One more block for each slot that needs it, the first to arrive first; the slots that can run.
 
-        When none is free, the most recently admitted row gives up its own, so that the oldest always
-        goes on. If blocks are about to come back with the plans in flight, the row waits for those.
+        When none is free, another row gives up its own, never the first to have arrived. If blocks are
+        about to come back with the plans in flight, the row waits for those.
         """
         table = self.slots
         held_back = []
-        for slot in slots[needs_block].tolist():
+        settled: set[int] = set()
+        for slot in sorted(slots[needs_block].tolist(), key=lambda slot: table.owners[slot].arrival):
             if table.serial[slot] < 0:
-                continue  # preempted for an older row
+                continue  # preempted for another row
             request = table.owners[slot]
             while self.blocks.num_free == 0 and not self._draining and request.slot >= 0:
-                self._preempt(table.newest)
+                self._preempt(cheapest_victim(table, self.blocks, self.limits.block_size, settled))
             if request.slot < 0:
                 continue
             if self.blocks.num_free == 0:
@@ -142,6 +153,7 @@ class Scheduler:
             request.block_ids += block_ids
             table.capacity[slot] += self.limits.block_size
             builder.appended.append((slot, block_ids[0]))
+            settled.add(slot)
         return slots[(table.serial[slots] >= 0) & ~np.isin(slots, held_back)]
 
     def _restart_sampled_rows(self) -> None:
@@ -161,35 +173,46 @@ class Scheduler:
             self._stats.num_chunked_prompts += self._add_chunk(builder, slot)
 
     def _admit(self, builder: PlanBuilder, now: float) -> None:
-        """Give slots and blocks to waiting requests in the order of arrival, none past another."""
-        while self._waiting and builder.budget > 0 and self.slots.num_free > 0:
+        """Give slots and blocks to waiting requests in the order of arrival.
+
+        None passes another, except one whose next block this plan fills; a slot is left for that one.
+        """
+        passed: list[tuple[int, Request]] = []
+        while self._waiting and builder.budget > 0 and self.slots.num_free > len(passed):
             request = self._waiting[0][1]
             if request.status != "finished":
                 if request.last_step_id > self._returned_step_id:
-                    return  # preempted, and its last tokens are not back
-                num_blocks = self.limits.num_blocks_for(request.num_tokens)
+                    break  # preempted, and its last tokens are not back
+                found = self._prefixes.find(request)
+                if self._prefixes.is_being_computed(request, len(found), self.slots, builder.chunk_slots):
+                    passed.append(heapq.heappop(self._waiting))
+                    continue
+                num_new = self.limits.num_blocks_for(request.num_tokens) - len(found)
                 # Some blocks stay free for rows that run, lest it be preempted at once.
                 reserve = max(self.blocks.num_usable // 100, 1) if self.slots.owners else 0
-                if num_blocks + reserve > self.blocks.num_free:
-                    return
-                self._open(builder, request, num_blocks)
-                if request.admitted_s is None:
-                    request.admitted_s = now
+                if num_new + reserve > self.blocks.num_free_beside(found):
+                    break
+                self._open(builder, request, found, num_new, now)
             heapq.heappop(self._waiting)
+        for entry in passed:
+            heapq.heappush(self._waiting, entry)
 
-    def _open(self, builder: PlanBuilder, request: Request, num_blocks: int) -> None:
+    def _open(
+        self, builder: PlanBuilder, request: Request, found: list[int], num_new: int, now: float
+    ) -> None:
         request.status = "running"
-        request.block_ids = self.blocks.allocate(num_blocks)
-        slot = self.slots.open(request, num_blocks * self.limits.block_size)
+        self.blocks.share(found)  # before others are allocated, which could take them
+        request.block_ids = found + self.blocks.allocate(num_new)
+        num_cached = len(found) * self.limits.block_size
+        slot = self.slots.open(request, self.limits.block_size, num_cached)
         self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
-        builder.opened.append(
-            OpenedSlot(
-                slot=slot,
-                context_len=0,
-                block_ids=tuple(request.block_ids),
-                sampling=request.slot_sampling(self._eos_token_ids),
-            )
-        )
+        if request.admitted_s is None:
+            request.admitted_s = now
+            if self._prefixes.enabled:
+                self._stats.num_cached_prompt_tokens += num_cached
+                self._stats.num_looked_up_prompt_tokens += len(request.prompt_token_ids)
+        sampling = request.slot_sampling(self._eos_token_ids)
+        builder.opened.append(OpenedSlot(slot, num_cached, tuple(request.block_ids), sampling))
         self._add_chunk(builder, slot)
 
     def _add_chunk(self, builder: PlanBuilder, slot: int) -> bool:
@@ -210,6 +233,10 @@ class Scheduler:
         table.last_step_id[slots] = plan.step_id
         table.closed.clear()
         requests = [table.owners[slot] for slot in slots.tolist()]
+        first = builder.num_decodes
+        for request, num_new in zip(requests[first:], plan.row_num_new_tokens[first:].tolist(), strict=True):
+            end = int(table.num_computed[request.slot])
+            self._prefixes.publish(request, end - num_new, end)
         self._sent.append(
             SentPlan(
                 plan.step_id, builder.num_decodes, slots, table.serial[slots], plan.row_samples, requests
@@ -228,15 +255,20 @@ class Scheduler:
         self._send_back(request)
 
     def _send_back(self, request: Request) -> None:
-        """From its slot to its place in the queue; all its tokens will be computed again."""
+        """From its slot to its place in the queue; its tokens are to be computed again."""
         self._release_slot(request)
         self._free_blocks(request)
         request.status = "waiting"
         heapq.heappush(self._waiting, (request.arrival, request))
 
     def _release_slot(self, request: Request) -> None:
-        self._prefills.pop(request.slot, None)
-        self.slots.release(request)
+        table, slot = self.slots, request.slot
+        self._prefills.pop(slot, None)
+        if request.error is None:
+            # The last token's logits are not known: the next token would show that they are finite.
+            num_confirmed = min(int(table.num_computed[slot]), int(table.num_known[slot]) - 1)
+            self._prefixes.publish(request, int(table.num_prefill[slot]), num_confirmed)
+        table.release(request)
 
     def _free_drained(self) -> None:
         returned = self._returned_step_id
@@ -253,8 +285,10 @@ class Scheduler:
         self.blocks.check_integrity()
         self.slots.check_integrity(self.limits.block_size)
         holders = [*self.slots.owners.values(), *self._draining]
-        held = [block_id for request in holders for block_id in request.block_ids]
-        assert len(held) == len(set(held)) == self.blocks.num_used, "blocks are lost or held by two requests"
+        held = Counter(block_id for request in holders for block_id in request.block_ids)
+        assert len(held) == self.blocks.num_used, "blocks are held by no request, or by one that gave them up"
+        for block_id, count in held.items():
+            assert count == self.blocks.num_holders(block_id), f"holders of block {block_id} are miscounted"
         assert self._prefills.keys() <= self.slots.owners.keys(), "a prompt is kept for a free slot"
         for _, request in self._waiting:
             assert not request.block_ids, f"{request.request_id} waits and holds blocks"

@@ -23,7 +23,7 @@ class SlotTable:
 
         self.num_known = zeros()  # tokens the host knows, prompt and output
         self.num_in_flight = zeros()  # tokens sampled by sent plans whose results are not back
-        self.num_computed = zeros()  # tokens run through the model by sent plans
+        self.num_computed = zeros()  # tokens found in the cache, or run through the model by sent plans
         self.num_prefill = zeros()  # tokens known at admission: the row decodes once they are computed
         self.capacity = zeros()  # tokens its blocks can hold
         self.max_len = zeros()
@@ -39,11 +39,6 @@ class SlotTable:
         self._next_serial = 0
 
     @property
-    def newest(self) -> Request:
-        """The request admitted last."""
-        return next(reversed(self.owners.values()))
-
-    @property
     def order(self) -> Int32:
         """The slots in use, the longest-admitted first."""
         if self._order is None:
@@ -54,13 +49,14 @@ class SlotTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def open(self, request: Request, capacity: int) -> int:
-        """Give `request` a slot, with nothing computed yet; the slot."""
+    def open(self, request: Request, block_size: int, num_cached: int) -> int:
+        """Give `request`, which has its blocks, a slot; its first `num_cached` tokens are computed. The slot."""
         slot = self._free.pop()
         request.slot = slot
         self.num_known[slot] = self.num_prefill[slot] = request.num_tokens
-        self.num_in_flight[slot] = self.num_computed[slot] = 0
-        self.capacity[slot] = capacity
+        self.num_in_flight[slot] = 0
+        self.num_computed[slot] = num_cached
+        self.capacity[slot] = len(request.block_ids) * block_size
         self.max_len[slot] = request.max_len
         self.watched[slot] = bool(request.sampling.stop or request.sampling.stop_token_ids)
         self.serial[slot] = self._next_serial

@@ -12,6 +12,8 @@ class CoordinatorStats:
     num_prefill_chunks: int = 0
     num_chunked_prompts: int = 0  # prefills that took more than one plan
     num_preemptions: int = 0
+    num_cached_prompt_tokens: int = 0  # found in the cache when their requests were first admitted ...
+    num_looked_up_prompt_tokens: int = 0  # ... of all those prompts' tokens; 0 without prefix caching
     num_dropped_tokens: int = 0  # sampled for rows that had ended already
     num_prompt_tokens: int = 0  # of finished requests
     num_output_tokens: int = 0  # of finished requests

@@ -123,6 +123,7 @@ def _job_rows(summary: BatchSummary) -> list[tuple[str, str]]:
     return [
         ("Requests", f"{summary.num_ok:,} ok, {failed}{skipped}"),
         ("Tokens", f"{summary.num_prompt_tokens:,} prompt, {summary.num_output_tokens:,} output"),
+        ("Prefix cache", _found(stats)),
         ("Time to first token", _latency(summary.ttft_ms)),
         ("Time per output token", _latency(summary.tpot_ms)),
         ("Speed", f"{summary.tokens_per_s:,.1f} output tokens/s, {summary.requests_per_s:,.2f} requests/s"),
@@ -130,6 +131,12 @@ def _job_rows(summary: BatchSummary) -> list[tuple[str, str]]:
         ("Steps", f"{stats.num_steps} steps, {stats.num_token_steps} token steps"),
         ("Scheduler", scheduler),
     ]
+
+
+def _found(stats: CoordinatorStats) -> str:
+    """How much of the prompts was there already; "-" where nothing was looked up."""
+    found, looked_up = stats.num_cached_prompt_tokens, stats.num_looked_up_prompt_tokens
+    return f"{found:,} of {looked_up:,} prompt tokens ({found / looked_up:.1%})" if looked_up else "-"
 
 
 def _latency(values: Sequence[float]) -> str:

@@ -1,5 +1,6 @@
 """Rows that end or are preempted while a plan that holds them is in flight, with NaN in every block given up."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,38 +21,48 @@ from kvshard.runtime.sampling_params import SamplingParams
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 64
 NUM_TOKENS = 20
+SHARED = [88, 4, 31, 70, 12, 3, 56, 9, 41, 27, 66]  # its first 8 tokens are two blocks
 PROMPTS = {"a": [5, 17, 99, 3, 42], "b": [61, 2, 30, 8, 8, 19, 77], "c": [9, 54, 12]}
 
 
 class PoisoningExecutor(InProcessExecutor):
-    """Before a plan runs, every block that no open slot holds is filled with NaN.
+    """Before a plan runs, every block that no open slot holds and nobody can find is filled with NaN.
 
-    That is the earliest moment at which a shard could know that a block was given up, so whatever
-    reads it later, or writes too late what another row needs, turns that row's logits into NaN.
+    So is every block given to a slot with nothing in it. That is the earliest moment at which a shard
+    could know that a block was given up, so whatever reads it later, or writes too late what another row
+    needs, turns that row's logits into NaN.
     """
 
     def __init__(self, config: JobConfig, path: str, size: CacheSize) -> None:
         super().__init__(config, path, size)
         self._size_blocks = size.num_blocks
         self._blocks_of: dict[int, list[int]] = {}
-        self.num_poisoned = 0
+        self._kept: deque[set[int]] = deque()  # for each plan in flight: what could be found when it was sent
+        self.is_kept: Callable[[int], bool] = lambda block: False
+
+    def submit(self, plan: StepPlan) -> None:
+        self._kept.append({block for block in range(self._size_blocks) if self.is_kept(block)})
+        super().submit(plan)
 
     def result(self) -> StepResult:
-        self._follow(self._plans[0])
+        empty = self._follow(self._plans[0])
         held = {block for blocks in self._blocks_of.values() for block in blocks}
-        free = sorted(set(range(self._size_blocks)) - held)
+        given_up = set(range(self._size_blocks)) - held - self._kept.popleft()
         assert self.worker is not None
-        self.worker.cache.fill(float("nan"), free)
-        self.num_poisoned += len(free)
+        self.worker.cache.fill(float("nan"), sorted(given_up | empty))
         return super().result()
 
-    def _follow(self, plan: StepPlan) -> None:
+    def _follow(self, plan: StepPlan) -> set[int]:
+        """Apply a plan; the blocks that it gives to slots with nothing in them."""
         for slot in plan.closed_slots.tolist():
             del self._blocks_of[slot]
+        empty = set(plan.appended_blocks.tolist())
         for opened in plan.opened:
             self._blocks_of[opened.slot] = list(opened.block_ids)
+            empty.update(opened.block_ids[opened.context_len // BLOCK_SIZE :])
         for slot, block in zip(plan.appended_slots.tolist(), plan.appended_blocks.tolist(), strict=True):
             self._blocks_of[slot].append(block)
+        return empty
 
 
 class OneLetterEach:
@@ -94,7 +105,10 @@ def start(
     executor = executor_type(config, str(model), CacheSize(num_blocks, MAX_MODEL_LEN))
     executor.start()
     limits = Limits.from_config(config, num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN)
-    return Coordinator(executor, limits, eos_token_ids=eos, tokenizer=OneLetterEach())
+    coordinator = Coordinator(executor, limits, eos_token_ids=eos, tokenizer=OneLetterEach())
+    if isinstance(executor, PoisoningExecutor):
+        executor.is_kept = coordinator._scheduler.blocks.is_published
+    return coordinator
 
 
 def generate(
@@ -127,10 +141,11 @@ def test_poison_is_read_where_the_table_is_wrong(model: Path) -> None:
     assert isinstance(executor, PoisoningExecutor)
     wrong = executor._follow
 
-    def follow_and_forget(plan: StepPlan) -> None:
-        wrong(plan)
+    def follow_and_forget(plan: StepPlan) -> set[int]:
+        empty = wrong(plan)
         for blocks in executor._blocks_of.values():
             blocks.clear()
+        return empty
 
     executor._follow = follow_and_forget  # type: ignore[method-assign]
     request = generate(coordinator, {"a": PROMPTS["a"]})["a"]
@@ -269,3 +284,32 @@ def test_a_preempted_row_goes_on_with_its_counts(
     for name, request in requests.items():
         assert request.output_token_ids == undisturbed[name].output_token_ids
         assert request.output_token_ids != without[name].output_token_ids
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 3])
+@pytest.mark.parametrize("num_blocks", [40, 14])
+def test_a_shared_prefix_while_in_flight(model: Path, run_ahead: int, num_blocks: int) -> None:
+    """With 14 blocks rows are preempted and what is kept is evicted, all the while plans are in flight."""
+    prompts = {name: SHARED + prompt for name, prompt in PROMPTS.items()}
+    alone = {
+        name: generate(start(model, run_ahead=0), {name: prompt})[name].output_token_ids
+        for name, prompt in prompts.items()
+    }
+    coordinator = start(model, run_ahead=run_ahead, num_blocks=num_blocks)
+    requests = generate(coordinator, {f"{name}{i}": prompts[name] for i in range(3) for name in prompts})
+    assert coordinator.stats.num_cached_prompt_tokens >= 8 * 8
+    assert (coordinator.stats.num_preemptions > 0) == (num_blocks == 14)
+    for name, request in requests.items():
+        assert request.output_token_ids == alone[name[0]]
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_a_shared_prefix_that_is_not_there_yields_no_token(model: Path, run_ahead: int) -> None:
+    """The poison bites here too: once another row's plan has run, what nobody keeps is gone."""
+    coordinator = start(model, run_ahead=run_ahead)
+    executor = coordinator._executor
+    assert isinstance(executor, PoisoningExecutor)
+    executor.is_kept = lambda block: False
+    prompts = {"first": SHARED, "other": PROMPTS["a"], "again": SHARED}
+    reasons = [generate(coordinator, {name: prompt})[name].finish_reason for name, prompt in prompts.items()]
+    assert reasons == ["length", "length", "error"]

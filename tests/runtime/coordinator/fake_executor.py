@@ -27,7 +27,7 @@ from kvshard.runtime.coordinator.plan import (
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.sampling_params import SamplingParams
 
-POISON = -7  # in every place of the cache that nobody owns or has written
+POISON = -7  # in every place of the cache that nobody has written, or that was given up
 VOCAB = 97
 
 
@@ -73,7 +73,10 @@ class FakeShards:
         self.limits = limits
         self.epoch = epoch
         self.cache = np.full((limits.num_blocks, limits.block_size), POISON, np.int64)
-        self.owner: dict[int, int] = {}  # block -> slot
+        self.owners: dict[int, set[int]] = {}  # block -> the slots that hold it
+        self.is_kept: Callable[[int], bool] = lambda block: (
+            False
+        )  # whether its contents may be asked for again
         self.slots: dict[int, _Slot] = {}
         self.plans: list[StepPlan] = []
         self.without_token: Callable[[list[int], int], bool] = lambda sequence, seed: False
@@ -91,6 +94,7 @@ class FakeShards:
         for opened in plan.opened:
             self._open(opened)
         for slot, block in zip(plan.appended_slots.tolist(), plan.appended_blocks.tolist(), strict=True):
+            assert slot in self.slots, f"a block for slot {slot}, which is not open"
             self._own(slot, block)
             self.slots[slot].blocks.append(block)
         self._in_flight.append(encode_result(self._run_rows(plan)))
@@ -102,20 +106,27 @@ class FakeShards:
     def _open(self, opened: OpenedSlot) -> None:
         assert 0 <= opened.slot < self.limits.max_num_seqs
         assert opened.slot not in self.slots, f"slot {opened.slot} is open already"
-        assert opened.context_len == 0
         self.slots[opened.slot] = _Slot(opened)
-        for block in opened.block_ids:
+        num_shared, rest = divmod(opened.context_len, self.limits.block_size)
+        assert rest == 0, "part of a block is shared"
+        for block in opened.block_ids[:num_shared]:
+            assert POISON not in self.cache[block], f"block {block} is shared and not full"
+            self.owners.setdefault(block, set()).add(opened.slot)
+        for block in opened.block_ids[num_shared:]:
             self._own(opened.slot, block)
 
     def _close(self, slot: int) -> None:
         for block in self.slots.pop(slot).blocks:
-            del self.owner[block]
-            self.cache[block] = POISON
+            self.owners[block].remove(slot)
+            if not self.owners[block] and not self.is_kept(block):
+                self.cache[block] = POISON
 
     def _own(self, slot: int, block: int) -> None:
         assert 0 < block < self.limits.num_blocks, f"block {block} must not be given out"
-        assert block not in self.owner, f"block {block} of slot {self.owner.get(block)} is given to {slot}"
-        self.owner[block] = slot
+        owners = self.owners.setdefault(block, set())
+        assert not owners, f"block {block} of slots {owners} is given to {slot}"
+        owners.add(slot)
+        self.cache[block] = POISON
 
     def _run_rows(self, plan: StepPlan) -> StepResult:
         tokens = plan.token_ids.tolist()
@@ -153,7 +164,7 @@ class FakeShards:
             table_index, offset = divmod(slot.context_len, self.limits.block_size)
             assert table_index < len(slot.blocks), "the block table is too short"
             block = slot.blocks[table_index]
-            assert self.owner[block] == slot_id, "a write into another slot's block"
+            assert self.owners[block] == {slot_id}, "a write into a block that another slot holds"
             assert self.cache[block, offset] == POISON, "a place is written twice"
             self.cache[block, offset] = token
             slot.context_len += 1
@@ -192,10 +203,16 @@ def make_limits(**changes: int | bool) -> Limits:
     return Limits(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def make_request(name: str, num_prompt: int, **sampling: object) -> Request:
-    """A request whose prompt depends on its name, as does its seed."""
+def make_tokens(name: str, count: int) -> list[int]:
+    """Tokens that depend on the name."""
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    prompt = random.integers(0, VOCAB, num_prompt).tolist()
+    tokens: list[int] = random.integers(0, VOCAB, count).tolist()
+    return tokens
+
+
+def make_request(name: str, num_prompt: int, prefix: list[int] | None = None, **sampling: object) -> Request:
+    """A request whose prompt depends on its name behind `prefix`, as does its seed."""
+    prompt = (prefix or []) + make_tokens(name, num_prompt - len(prefix or []))
     return Request.new(name, prompt, SamplingParams.model_validate(sampling))
 
 
@@ -216,6 +233,7 @@ class Run:
             tokenizer=tokenizer,
             clock=self._clock,
         )
+        self.shards.is_kept = self.coordinator._scheduler.blocks.is_published
         self.finished: list[Request] = []
 
     def _clock(self) -> float:

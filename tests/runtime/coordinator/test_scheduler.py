@@ -17,7 +17,7 @@ def test_limits_come_from_the_job_file() -> None:
     config = parse_config(
         {
             "model": "demo",
-            "cache": {"block_size": 32, "enabled": False},
+            "cache": {"block_size": 32, "enabled": False, "prefix_caching": False},
             "scheduler": {"max_num_seqs": 3, "max_num_batched_tokens": 77, "run_ahead": 2},
         },
         "test",
@@ -30,7 +30,11 @@ def test_limits_come_from_the_job_file() -> None:
         max_num_batched_tokens=77,
         run_ahead=2,
         cache_enabled=False,
+        prefix_caching=False,
     )
+    defaults = Limits.from_config(parse_config({"model": "demo"}, "test"), num_blocks=9, max_model_len=500)
+    assert defaults.cache_enabled
+    assert defaults.prefix_caching
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,10 @@ def make_summary() -> BatchSummary:
     info = ShardInfo(
         0, "a-host-with-a-long-name.example.org", 7, "cuda:0", 32, 8, 2**34, 2**35, 1000, "nccl", 4
     )
-    summary.add_engine([info], [ShardHealth(0, 5, 2**34 + 2**33)], CoordinatorStats(peak_used_blocks=500))
+    stats = CoordinatorStats(
+        peak_used_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
+    )
+    summary.add_engine([info], [ShardHealth(0, 5, 2**34 + 2**33)], stats)
     return summary
 
 
@@ -65,6 +68,7 @@ def test_the_table_fits_80_columns_without_a_terminal() -> None:
     for words in (
         "2 ok, 2 failed, 5 done before",
         "6 prompt, 6 output",
+        "1,500 of 4,000 prompt tokens (37.5%)",
         "200.0 ms median, 298.0 ms p99",
         "3.0 output tokens/s, 1.00 requests/s",
         "32q 8kv",
@@ -79,6 +83,8 @@ def test_an_empty_summary_can_be_shown() -> None:
     stream = io.StringIO()
     print_summary(BatchSummary(Path("out.jsonl"), interrupted=True), Console(file=stream, width=80))
     assert "interrupted" in stream.getvalue()
+    [line] = [line for line in stream.getvalue().splitlines() if "Prefix cache" in line]
+    assert line.split() == ["Prefix", "cache", "-"]
 
 
 def test_lines_for_a_log_file(monkeypatch: pytest.MonkeyPatch) -> None:
