@@ -92,6 +92,12 @@ def main() -> int:
     if unknown:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(EVERYTHING)}")
     parts = arguments.parts or list(EVERYTHING if arguments.dry else LIMITS_S)
+    if importlib.util.find_spec("torch") is None:
+        print(
+            f"run.sh: {sys.executable} has no torch; name an interpreter that has it: PYTHON=... run.sh",
+            file=sys.stderr,
+        )
+        return 2
     if not arguments.dry and not has_gpu():
         print(
             "run.sh: torch finds no CUDA device; `run.sh --dry` tries the scripts on the CPU", file=sys.stderr
