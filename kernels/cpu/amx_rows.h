@@ -15,10 +15,13 @@ static const float GAIN_IN = 0x1p64f, GAIN_OUT = 0x1p48f;
 
 static inline int has_gain(int64_t format) { return format == INT8 || format == FP8; }
 
-// Linux grants the tile registers to processes that ask for them (Documentation/arch/x86/xstate.rst in its sources).
+// Linux grants the tile registers to processes that ask for them (Documentation/arch/x86/xstate.rst in its sources). The
+// answer holds for the life of the process, so it is asked for once and not in every layer.
 static int tiles_granted(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, UNKNOWN = -1 };
+    static int granted = UNKNOWN;
+    if (granted == UNKNOWN) granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted;
 }
 
 static inline int takes_tiles(const struct attention *a) {
