@@ -45,7 +45,7 @@ class OpenedSlot:
 
     slot: int
     context_len: int  # tokens whose K and V are in its blocks already
-    block_ids: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]  # by layer group, in token order; 0 where its window has passed
     sampling: SlotSampling
 
 
@@ -64,6 +64,7 @@ class StepPlan:
     closed_slots: Int32  # [num_closed]
     opened: tuple[OpenedSlot, ...]
     appended_slots: Int32  # [num_appended], one entry a block, in table order
+    appended_groups: Int32  # [num_appended], the layer group whose table it goes to
     appended_blocks: Int32  # [num_appended]
     row_slots: Int32  # [num_rows]
     row_num_new_tokens: Int32  # [num_rows]
@@ -108,7 +109,7 @@ def encode_plan(plan: StepPlan) -> bytes:
         (
             slot.slot,
             slot.context_len,
-            np.asarray(slot.block_ids, np.int32).tobytes(),
+            tuple(np.asarray(block_ids, np.int32).tobytes() for block_ids in slot.block_ids),
             (
                 slot.sampling.temperature,
                 slot.sampling.top_k,
@@ -130,6 +131,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             opened,
             _bytes(plan.closed_slots),
             _bytes(plan.appended_slots),
+            _bytes(plan.appended_groups),
             _bytes(plan.appended_blocks),
             _bytes(plan.row_slots),
             _bytes(plan.row_num_new_tokens),
@@ -142,9 +144,20 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    (epoch, step_id, opened, closed, app_slots, app_blocks, slots, new_tokens, device, samples, tokens) = (
-        msgpack.unpackb(data, use_list=False)
-    )
+    (
+        epoch,
+        step_id,
+        opened,
+        closed,
+        appended_slots,
+        appended_groups,
+        appended_blocks,
+        slots,
+        new_tokens,
+        device,
+        samples,
+        tokens,
+    ) = msgpack.unpackb(data, use_list=False)
     return StepPlan(
         epoch=epoch,
         step_id=step_id,
@@ -153,13 +166,14 @@ def decode_plan(data: bytes) -> StepPlan:
             OpenedSlot(
                 slot=slot,
                 context_len=context_len,
-                block_ids=tuple(_int32(blocks).tolist()),
+                block_ids=tuple(tuple(_int32(block_ids).tolist()) for block_ids in tables),
                 sampling=SlotSampling(*(*sampling, None if rules is None else LogitsRules.unpack(rules))),
             )
-            for slot, context_len, blocks, (*sampling, rules) in opened
+            for slot, context_len, tables, (*sampling, rules) in opened
         ),
-        appended_slots=_int32(app_slots),
-        appended_blocks=_int32(app_blocks),
+        appended_slots=_int32(appended_slots),
+        appended_groups=_int32(appended_groups),
+        appended_blocks=_int32(appended_blocks),
         row_slots=_int32(slots),
         row_num_new_tokens=_int32(new_tokens),
         row_from_device=np.frombuffer(device, np.bool_),

@@ -10,12 +10,16 @@ Blocks of prompts can be found from the moment the plan that fills them has been
 in order and whoever finds them is in a later one. Blocks of generated tokens can be once their row has
 left its slot (what it generated, nobody else begins with meanwhile), as far as the token after them is
 known too: it shows that they are finite.
+
+A prefix is of use if every layer group has what the token behind it sees: with full attention all of it, with
+a window its last blocks only. So window groups keep little of a prompt, and may have lost what others have.
 """
 
 import hashlib
 
 import numpy as np
 
+from .block_groups import PASSED, BlockGroups, BlockTables
 from .block_manager import BlockManager
 from .limits import Limits
 from .request import Request
@@ -46,20 +50,50 @@ def extend_hashes(request: Request, block_size: int) -> None:
 class Prefixes:
     """Finds and publishes blocks by what is in them; neither where prefix caching is off."""
 
-    def __init__(self, blocks: BlockManager, limits: Limits) -> None:
+    def __init__(self, blocks: BlockGroups, limits: Limits) -> None:
         self._blocks = blocks
         self._block_size = limits.block_size
         self.enabled = limits.cache_enabled and limits.prefix_caching
 
-    def find(self, request: Request) -> list[int]:
-        """The cached or used blocks that begin as `request` does.
+    def find(self, request: Request) -> BlockTables:
+        """The cached or used blocks that begin as `request` does, equally many entries in every group.
 
         They leave out its last known token at least, since only what is computed has logits.
         """
         if not self.enabled:
-            return []
+            return [[] for _ in self._blocks.managers]
         extend_hashes(request, self._block_size)
-        return self._blocks.find(request.block_hashes[: self._most(request)])
+        hashes = request.block_hashes[: self._most(request)]
+        num_found, agreed = len(hashes), False
+        while not agreed:
+            before = num_found
+            for window, manager in zip(self._blocks.windows, self._blocks.managers, strict=True):
+                num_found = self._num_usable(manager, hashes[:num_found], window)
+            agreed = num_found == before
+        return [
+            self._entries(manager, hashes[:num_found], window)
+            for window, manager in zip(self._blocks.windows, self._blocks.managers, strict=True)
+        ]
+
+    def _num_usable(self, manager: BlockManager, hashes: list[bytes], window: int | None) -> int:
+        """The longest part of a prefix, in blocks, of which this group has all that the token behind it sees."""
+        if window is None:
+            for index, block_hash in enumerate(hashes):
+                if manager.find(block_hash) is None:
+                    return index
+            return len(hashes)
+        end = len(hashes)
+        for index in reversed(range(end)):
+            if index < self._blocks.first_seen(window, end * self._block_size):
+                break
+            if manager.find(hashes[index]) is None:
+                end = index
+        return end
+
+    def _entries(self, manager: BlockManager, hashes: list[bytes], window: int | None) -> list[int]:
+        first = self._blocks.first_seen(window, len(hashes) * self._block_size)
+        found = [manager.find(block_hash) for block_hash in hashes[first:]]
+        return [PASSED] * first + [block_id for block_id in found if block_id is not None]
 
     def is_being_computed(
         self, request: Request, num_found: int, table: SlotTable, chunk_slots: list[int]
@@ -82,15 +116,18 @@ class Prefixes:
         if not self.enabled:
             return
         extend_hashes(request, self._block_size)
-        for index in range(start // self._block_size, end // self._block_size):
-            self._blocks.publish(request.block_ids[index], request.block_hashes[index])
+        for manager, block_ids in zip(self._blocks.managers, request.block_tables, strict=True):
+            for index in range(start // self._block_size, end // self._block_size):
+                if block_ids[index] != PASSED:
+                    manager.publish(block_ids[index], request.block_hashes[index])
 
     def withdraw(self, request: Request) -> None:
         """Let nobody find what a row read or wrote whose logits were not finite.
 
         Also what it shared: that is where the cause may be. If it is not, it is computed again once.
         """
-        self._blocks.withdraw(request.block_hashes)
+        for manager in self._blocks.managers:
+            manager.withdraw(request.block_hashes)
 
     def _most(self, request: Request) -> int:
         return (request.num_tokens - 1) // self._block_size

@@ -48,7 +48,7 @@ class Request:
     arrival: int = -1  # place in the order of arrival
     max_len: int = 0  # most tokens, prompt and output; set when added
     slot: int = -1
-    block_ids: list[int] = field(default_factory=list)  # in token order
+    block_tables: list[list[int]] = field(default_factory=list)  # by layer group; see block_groups.py
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks of tokens; see prefixes.py
     last_step_id: int = -1  # last plan sent that it was part of; kept up while it has no slot
     num_preemptions: int = 0

@@ -69,7 +69,7 @@ class BatchSummary:
             ShardUse(
                 info,
                 peaks.get(info.rank),
-                info.kv_bytes * stats.peak_used_blocks // info.num_blocks if info.num_blocks else None,
+                info.kv_bytes * stats.peak_used_layer_blocks // info.num_layer_blocks,
             )
             for info in infos
         ]

@@ -10,6 +10,7 @@ import torch
 from ...parallel.group import Group
 from ...parallel.shard_map import ShardMap
 from ..config import JobConfig
+from ..coordinator.limits import Limits
 from ..coordinator.plan import NO_TOKEN, Float32, Int32, StepPlan, StepResult
 from ..models.checkpoint import Checkpoint
 from .decoder import Decoder
@@ -46,18 +47,23 @@ class Worker:
         self.decoder = Decoder(self.spec, self.shard, weights, group, max_model_len)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache and the slots; plans may be run from here on."""
+        """Make the KV cache and the slots; plans may be run from here on. num_blocks: see `Limits`."""
         cache, scheduler = self._config.cache, self._config.scheduler
+        groups = self.spec.layer_groups
+        limits = Limits.from_config(
+            self._config, num_blocks=num_blocks, max_model_len=self._max_model_len, layer_groups=groups
+        )
         self.cache = KVCache(
             self.spec,
             self.shard,
-            num_blocks=num_blocks,
+            group_blocks=limits.group_blocks,
             block_size=cache.block_size,
             format=cache.dtype,
             dtype=self._dtype,
             device=self.device,
         )
         self.slots = Slots(
+            num_groups=len(groups),
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self._max_model_len,
             block_size=cache.block_size,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_models import make_family_model
 from models_factory import make_llama
 from poisoned_cache import NUM_TOKENS, OneLetterEach, PoisoningExecutor, generate, start
 
@@ -16,9 +17,14 @@ SHARED = [88, 4, 31, 70, 12, 3, 56, 9, 41, 27, 66]  # its first 8 tokens are two
 PROMPTS = {"a": [5, 17, 99, 3, 42], "b": [61, 2, 30, 8, 8, 19, 77], "c": [9, 54, 12]}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["full attention", "windows"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layers with full attention, or one of two with a window: two layer groups, each with its own blocks."""
+    path = tmp_path_factory.mktemp("model")
+    if request.param == "full attention":
+        return make_llama(path)
+    make_family_model("qwen2_windows", sliding_window=9).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,10 @@ def test_poison_is_read_where_the_table_is_wrong(model: Path) -> None:
     assert isinstance(executor, PoisoningExecutor)
     wrong = executor._follow
 
-    def follow_and_forget(plan: StepPlan) -> set[int]:
+    def follow_and_forget(plan: StepPlan) -> list[set[int]]:
         empty = wrong(plan)
-        for blocks in executor._blocks_of.values():
-            blocks.clear()
+        for tables in executor._tables.values():
+            tables[0].clear()
         return empty
 
     executor._follow = follow_and_forget  # type: ignore[method-assign]
@@ -206,7 +212,7 @@ def test_a_shared_prefix_that_is_not_there_yields_no_token(model: Path, run_ahea
     coordinator = start(model, run_ahead=run_ahead)
     executor = coordinator._executor
     assert isinstance(executor, PoisoningExecutor)
-    executor.is_kept = lambda block: False
+    executor.forget_published = True
     prompts = {"first": SHARED, "other": PROMPTS["a"], "again": SHARED}
     reasons = [generate(coordinator, {name: prompt})[name].finish_reason for name, prompt in prompts.items()]
     assert reasons == ["length", "length", "error"]

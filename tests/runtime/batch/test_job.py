@@ -234,7 +234,7 @@ def test_what_the_shards_used(tmp_path: Path) -> None:
     engine = FakeEngine(make_config())
     summary, _ = run(tmp_path / "out.jsonl", rows(4), engine)
     first, second = summary.shards
-    blocks = engine.coordinator.stats.peak_used_blocks
+    blocks = engine.coordinator.stats.peak_used_layer_blocks
     assert blocks > 0
     assert (first.peak_kv_bytes, first.peak_memory_bytes) == (blocks * 2**20, 3 * 2**30)
     assert (second.peak_kv_bytes, second.peak_memory_bytes) == (blocks * 2**19, None)  # it did not answer

@@ -62,7 +62,7 @@ opened = st.builds(
     OpenedSlot,
     slot=int32,
     context_len=int32,
-    block_ids=st.lists(int32, max_size=4).map(tuple),
+    block_ids=st.lists(st.lists(int32, max_size=4).map(tuple), max_size=3).map(tuple),
     sampling=samplings,
 )
 
@@ -76,6 +76,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         closed_slots=draw(int32s()),
         opened=tuple(draw(st.lists(opened, max_size=3))),
         appended_slots=draw(int32s(num_appended)),
+        appended_groups=draw(int32s(num_appended)),
         appended_blocks=draw(int32s(num_appended)),
         row_slots=draw(int32s(num_rows)),
         row_num_new_tokens=draw(int32s(num_rows)),

@@ -34,7 +34,7 @@ def make_summary() -> BatchSummary:
         0, "a-host-with-a-long-name.example.org", 7, "cuda:0", 32, 8, 2**34, 2**35, 1000, "nccl", 4
     )
     stats = CoordinatorStats(
-        peak_used_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
+        peak_used_layer_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
     )
     summary.add_engine([info], [ShardHealth(0, 5, 2**34 + 2**33)], stats)
     return summary
