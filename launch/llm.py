@@ -188,7 +188,7 @@ class LLM:
             with closing(self._running.results(all_samples, progress)) as results:
                 for samples in results:
                     index = indices[samples.request_id]
-                    yield self._output(samples.requests, prompts[index], index)
+                    yield self._output(samples, prompts[index], index)
 
         return outputs()
 
@@ -205,16 +205,16 @@ class LLM:
             self._next_id += len(all_samples)
         return all_samples
 
-    def _output(self, requests: list[Request], prompt: Prompt, index: int) -> RequestOutput:
+    def _output(self, samples: Samples, prompt: Prompt, index: int) -> RequestOutput:
         return RequestOutput(
-            request_id=requests[0].request_id,
+            request_id=samples.request_id,
             prompt_index=index,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=requests[0].prompt_token_ids,
-            outputs=[self._answer(request) for request in requests],
+            prompt_token_ids=samples.requests[0].prompt_token_ids,
+            outputs=[self._answer(request) for request in samples.requests],
             finished=True,
-            error=next((request.error for request in requests if request.error is not None), None),
-            metrics=_metrics(requests),
+            error=samples.error,
+            metrics=_metrics(samples.requests),
         )
 
     def _answer(self, request: Request) -> CompletionOutput:

@@ -42,7 +42,7 @@ class Running:
         when the shards have been closed, and ShardError.
         """
         ended: deque[Samples] = deque()
-        num_left, num_tokens = len(prompts), 0
+        num_ended = num_tokens = 0
         view = make_progress(Console(stderr=True)) if progress else NoProgress()
         view.start(len(prompts))
         try:
@@ -51,15 +51,16 @@ class Running:
                     self._live[samples.request_id] = samples, ended
                     for request in samples.requests:
                         self._coordinator.add(request)
-            while num_left:
+            while num_ended < len(prompts):
                 with self._lock, _interrupts_held():
                     if not ended:  # another thread may have taken the step
                         self._step()
-                num_left -= len(ended)
-                num_tokens += sum(samples.num_output_tokens for samples in ended)
-                view.update(len(prompts) - num_left, 0, num_tokens)
                 while ended:
-                    yield ended.popleft()
+                    samples = ended.popleft()
+                    num_ended += 1
+                    num_tokens += samples.num_output_tokens
+                    view.update(num_ended, 0, num_tokens)
+                    yield samples
             with self._lock, _interrupts_held():
                 while not self._live and self._coordinator.has_work:
                     self._step()  # what the last plans hold is given back with their results
