@@ -53,8 +53,7 @@ class Running:
                         self._coordinator.add(request)
             while num_ended < len(prompts):
                 with self._lock, _interrupts_held():
-                    if not ended:  # another thread may have taken the step
-                        self._step()
+                    self._step()
                 while ended:
                     samples = ended.popleft()
                     num_ended += 1

@@ -101,6 +101,14 @@ def test_a_stream_gives_outputs_as_they_end() -> None:
     assert num_results == [1, 4, 9]
 
 
+def test_what_was_sent_ahead_has_come_back_at_the_end() -> None:
+    with LLM(model="m") as llm:
+        [output] = llm.generate("a", SamplingParams(temperature=0, max_tokens=50, stop="C"))
+        assert texts(output) == ["AB"]
+        assert engine_of(llm).executor.num_results == 3 + 1
+        assert_idle(llm)
+
+
 @pytest.mark.parametrize("how", ["break", "close", "drop"])
 def test_leaving_a_stream_aborts_what_is_left(how: str) -> None:
     with LLM(model="m", scheduler={"max_num_seqs": 3}) as llm:
