@@ -43,6 +43,11 @@ def next_token(sequence: list[int], seed: int, suppressed: Iterable[int] = ()) -
     raise AssertionError("every token is suppressed")
 
 
+def noise_key(seed: int, sample_index: int) -> int:
+    """Another one for each sample of a prompt; the seed for the first."""
+    return seed + 1000003 * sample_index
+
+
 Windows = tuple[int | None, ...]  # of the layer groups
 
 
@@ -63,7 +68,8 @@ def expected(
     while True:
         suppressed = ends if len(output) < sampling.min_tokens else ()
         sequence = seen(request.prompt_token_ids + output, windows)
-        output.append(next_token(sequence, request.seed, suppressed)[0])
+        key = noise_key(request.seed, request.sample_index)
+        output.append(next_token(sequence, key, suppressed)[0])
         if output[-1] in ends and len(output) > sampling.min_tokens:
             return output, "stop"
         if len(output) == most:
@@ -219,10 +225,11 @@ class FakeShards:
         sequence = [token for group, start in enumerate(starts) for token in self._read(slot, group, start)]
         assert POISON not in sequence, "a place is read that was never written"
         sampling: SlotSampling = slot.sampling
-        if self.without_token(slot.context_len, sampling.seed):
+        key = noise_key(sampling.seed, sampling.sample_index)
+        if self.without_token(slot.context_len, key):
             return NO_TOKEN, 0.0
         suppressed = sampling.stop_ids if slot.context_len < sampling.stop_from else ()
-        return next_token(sequence, sampling.seed, suppressed)
+        return next_token(sequence, key, suppressed)
 
 
 class LetterTokenizer:
