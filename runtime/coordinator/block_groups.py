@@ -7,6 +7,7 @@ plan sent later, since shards run plans in order.
 
 from .block_manager import BlockManager
 from .limits import Limits
+from .plan import CopiedBlock
 from .request import Request
 
 BlockTables = list[list[int]]  # [layer group][entry]
@@ -77,6 +78,14 @@ class BlockGroups:
             block_ids += new
             added += [(index, block_id) for block_id in new]
         return added
+
+    def extend_by_copy(self, request: Request, source: Request, num_tokens: int) -> list[CopiedBlock]:
+        """Bring every table of a row up to `num_tokens`, one entry more, which is to begin as the one of `source`."""
+        index = num_tokens // self._block_size
+        self.extend(request, num_tokens)
+        self.give_up_passed(request, num_tokens)
+        tables = zip(source.block_tables, request.block_tables, strict=True)
+        return [CopiedBlock(group, old[index], new[index]) for group, (old, new) in enumerate(tables)]
 
     def capacity(self, request: Request) -> int:
         """Tokens for which every table of a row has entries."""

@@ -6,6 +6,7 @@ Every rank receives the same bytes, so no two ranks can run different batches.
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
@@ -50,9 +51,17 @@ class OpenedSlot:
     sampling: SlotSampling
 
 
+class CopiedBlock(NamedTuple):
+    """A block that begins as another one of its layer group does."""
+
+    group: int
+    source: int
+    target: int
+
+
 @dataclass(frozen=True)
 class StepPlan:
-    """One step. Shards apply it in this order: close, open, append blocks, run the rows.
+    """One step. Shards apply it in this order: close, open, append blocks, copy blocks, run the rows.
 
     Row r adds `row_num_new_tokens[r]` tokens to slot `row_slots[r]`. Its inputs are the slot's
     last sampled token, which only the device may know yet, when `row_from_device[r]` (then it is
@@ -67,6 +76,7 @@ class StepPlan:
     appended_slots: Int32  # [num_appended], one entry a block, in table order
     appended_groups: Int32  # [num_appended], the layer group whose table it goes to
     appended_blocks: Int32  # [num_appended]
+    copied: tuple[CopiedBlock, ...]
     row_slots: Int32  # [num_rows]
     row_num_new_tokens: Int32  # [num_rows]
     row_from_device: Bool  # [num_rows]
@@ -135,6 +145,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             _bytes(plan.appended_slots),
             _bytes(plan.appended_groups),
             _bytes(plan.appended_blocks),
+            plan.copied,
             _bytes(plan.row_slots),
             _bytes(plan.row_num_new_tokens),
             _bytes(plan.row_from_device),
@@ -154,6 +165,7 @@ def decode_plan(data: bytes) -> StepPlan:
         appended_slots,
         appended_groups,
         appended_blocks,
+        copied,
         slots,
         new_tokens,
         device,
@@ -176,6 +188,7 @@ def decode_plan(data: bytes) -> StepPlan:
         appended_slots=_int32(appended_slots),
         appended_groups=_int32(appended_groups),
         appended_blocks=_int32(appended_blocks),
+        copied=tuple(CopiedBlock(*block) for block in copied),
         row_slots=_int32(slots),
         row_num_new_tokens=_int32(new_tokens),
         row_from_device=np.frombuffer(device, np.bool_),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plan import Bool, Int32, OpenedSlot, StepPlan
+from .plan import Bool, CopiedBlock, Int32, OpenedSlot, StepPlan
 
 
 class PlanBuilder:
@@ -11,6 +11,7 @@ class PlanBuilder:
     def __init__(self, max_num_tokens: int) -> None:
         self.budget = max_num_tokens  # tokens that may still be added
         self.appended: list[tuple[int, int, int]] = []  # (slot, layer group, block)
+        self.copied: list[CopiedBlock] = []
         self.opened: list[OpenedSlot] = []
         self._decode_slots = np.empty(0, np.int32)
         self._decode_from_device = np.empty(0, np.bool_)
@@ -59,6 +60,7 @@ class PlanBuilder:
             appended_slots=np.ascontiguousarray(appended[:, 0]),
             appended_groups=np.ascontiguousarray(appended[:, 1]),
             appended_blocks=np.ascontiguousarray(appended[:, 2]),
+            copied=tuple(self.copied),
             row_slots=np.concatenate([self._decode_slots, chunk_slots]),
             row_num_new_tokens=np.concatenate([np.ones(num_decodes, np.int32), chunk_sizes]),
             row_from_device=np.concatenate([self._decode_from_device, np.zeros(num_chunks, np.bool_)]),

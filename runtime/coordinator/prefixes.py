@@ -15,7 +15,8 @@ A prefix is of use if every layer group has what the token behind it sees: with 
 a window its last blocks only. So window groups keep little of a prompt, and may have lost what others have.
 
 The samples of one prompt (n above 1) meet in the same way. They also do where prefix caching is off: then the hashes of
-a prompt begin with its request's id, and nobody else finds them.
+a prompt begin with its request's id, and nobody else finds them. The prompt's last block, which is not full, each
+fills on its own; one that begins while another has it starts from a copy.
 """
 
 import hashlib
@@ -120,6 +121,22 @@ class Prefixes:
             if len(hashes) > num_found and hashes[num_found] == wanted and table.num_computed[slot] < end:
                 return True
         return False
+
+    def sample_to_copy(
+        self, request: Request, num_found: int, table: SlotTable
+    ) -> tuple[Request, int] | None:
+        """Another sample of the same prompt, and the number of tokens up to which its block behind the `num_found`
+        that were found is the same; None if there is none, or that block has nothing to copy."""
+        num_tokens = min(len(request.prompt_token_ids), request.num_tokens - 1)
+        is_next = num_tokens // self._block_size == num_found and num_tokens % self._block_size > 0
+        if request.sampling.n == 1 or not is_next or not self.may_share(request):
+            return None
+        for slot, other in table.owners.items():
+            # Not one that has just been opened with a copy itself: the plan that fills it is not sent.
+            is_filled = other.request_id == request.request_id and table.num_computed[slot] > num_tokens
+            if is_filled and all(block_ids[num_found] != PASSED for block_ids in other.block_tables):
+                return other, num_tokens
+        return None
 
     def publish(self, request: Request, start: int, end: int) -> None:
         """Let others find the blocks that `request` filled with its tokens from `start` up to `end`."""

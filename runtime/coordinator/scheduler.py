@@ -213,16 +213,19 @@ class Scheduler:
     def _open(self, builder: PlanBuilder, request: Request, found: BlockTables, now: float) -> None:
         request.status = "running"
         num_cached = len(found[0]) * self.limits.block_size
+        copy = self._prefixes.sample_to_copy(request, len(found[0]), self.slots)
         self.blocks.open(request, found)
+        if copy is not None:
+            sample, num_cached = copy
+            builder.copied += self.blocks.extend_by_copy(request, sample, num_cached)
         slot = self.slots.open(request, num_cached)
         self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
         if request.admitted_s is None:
             request.admitted_s = now
             if self._prefixes.may_share(request):
-                self._stats.num_cached_prompt_tokens += num_cached
-                self._stats.num_looked_up_prompt_tokens += len(request.prompt_token_ids)
+                self._stats.count_lookup(num_cached, len(request.prompt_token_ids))
         sampling = request.slot_sampling(self._eos_token_ids)
-        block_ids = tuple(tuple(table) for table in request.block_tables)
+        block_ids = tuple(map(tuple, request.block_tables))
         builder.opened.append(OpenedSlot(slot, num_cached, block_ids, sampling))
         self._add_chunk(builder, slot)
 

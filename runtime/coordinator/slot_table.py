@@ -56,7 +56,7 @@ class SlotTable:
         self.num_known[slot] = self.num_prefill[slot] = request.num_tokens
         self.num_in_flight[slot] = 0
         self.num_computed[slot] = num_cached
-        self.capacity[slot] = num_cached
+        self.capacity[slot] = 0  # set once its tables have entries for its first chunk
         self.max_len[slot] = request.max_len
         self.watched[slot] = bool(request.sampling.stop or request.sampling.stop_token_ids)
         self.serial[slot] = self._next_serial

@@ -26,3 +26,8 @@ class CoordinatorStats:
         self.num_token_steps += num_tokens
         self.num_prefill_chunks += num_chunks
         self.peak_used_layer_blocks = max(self.peak_used_layer_blocks, num_used_layer_blocks)
+
+    def count_lookup(self, num_cached: int, num_prompt: int) -> None:
+        """Note how much of a prompt was found in the cache."""
+        self.num_cached_prompt_tokens += num_cached
+        self.num_looked_up_prompt_tokens += num_prompt

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from ...kernels.host import to_device
 from ...kernels.ops import CacheFormat, KVLayer
 from ...parallel.shard_map import Shard
+from ..coordinator.plan import CopiedBlock
 from ..models.spec import ModelSpec
 
 
@@ -45,6 +48,17 @@ class KVCache:
     def num_bytes(self) -> int:
         """Bytes of the storages of all K and V tensors."""
         return sum(tensor.untyped_storage().nbytes() for layer in self.layers for tensor in layer.tensors)
+
+    def copy(self, copied: Sequence[CopiedBlock]) -> None:
+        """Let blocks begin as others do: in all layers of their group."""
+        device = self.layers[0].k.device
+        for group in {block.group for block in copied}:
+            pairs = [(block.source, block.target) for block in copied if block.group == group]
+            sources, targets = to_device(np.array(pairs, np.int64).T.copy(), device)
+            for layer, its_group in zip(self.layers, self._groups, strict=True):
+                if its_group == group:
+                    for tensor in layer.tensors:
+                        tensor[targets] = tensor[sources]
 
     def fill(self, value: float, group: int | None = None, block_ids: list[int] | None = None) -> None:
         """Overwrite all blocks, or the given ones of one layer group, with `value` (poison for tests)."""

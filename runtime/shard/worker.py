@@ -80,6 +80,8 @@ class Worker:
         inputs = self.slots.apply(plan)
         for opened in plan.opened:
             self._sampler.open(opened.slot, opened.sampling)
+        if plan.copied:
+            self.cache.copy(plan.copied)
         logits = self.decoder.forward(inputs, self.cache)
         pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
         if len(inputs.sample_slots):

@@ -59,6 +59,7 @@ def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, Tabl
         appended_slots=np.array([], np.int32),
         appended_groups=np.array([], np.int32),
         appended_blocks=np.array([], np.int32),
+        copied=(),
         row_slots=np.array([slot for slot, _ in rows], np.int32),
         row_num_new_tokens=np.array([len(ids) for _, ids in rows], np.int32),
         row_from_device=np.zeros(len(rows), np.bool_),

@@ -57,6 +57,7 @@ def test_laying_out_a_step(copies: list[bool]) -> None:
         appended_slots=np.array([0, 0], np.int32),
         appended_groups=np.array([1, 1], np.int32),
         appended_blocks=np.array([1, 2], np.int32),
+        copied=(),
         row_slots=np.array([0, 2], np.int32),
         row_num_new_tokens=np.array([5, 1], np.int32),
         row_from_device=np.array([False, True]),

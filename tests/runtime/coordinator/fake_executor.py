@@ -119,6 +119,16 @@ class FakeShards:
             assert slot in self.slots, f"a block for slot {slot}, which is not open"
             self._own(slot, group, block)
             self.slots[slot].tables[group].append(block)
+        targets = {(group, target) for group, _, target in plan.copied}
+        assert len(targets) == len(plan.copied), "two copies into one block"
+        for group, source, target in plan.copied:
+            assert (group, source) not in targets, "a block is copied that is a copy of the same plan"
+            [slot] = self.owners[group, target]
+            num_valid = self.slots[slot].context_len % self.limits.block_size
+            assert POISON not in self.caches[group][source, :num_valid], (
+                f"block {source} is copied and not filled"
+            )
+            self.caches[group][target, :num_valid] = self.caches[group][source, :num_valid]
         self._in_flight.append(encode_result(self._run_rows(plan)))
         assert len(self._in_flight) <= self.limits.run_ahead + 1, "too many plans in flight"
 
@@ -129,8 +139,7 @@ class FakeShards:
         assert 0 <= opened.slot < self.limits.max_num_seqs
         assert opened.slot not in self.slots, f"slot {opened.slot} is open already"
         self.slots[opened.slot] = _Slot(opened)
-        num_shared, rest = divmod(opened.context_len, self.limits.block_size)
-        assert rest == 0, "part of a block is shared"
+        num_shared = opened.context_len // self.limits.block_size
         for group, block_ids in enumerate(opened.block_ids):
             first = self._first_seen(group, opened.context_len)
             assert not any(block_ids[:first]), "a block is shared that no query sees"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.plan import (
+    CopiedBlock,
     OpenedSlot,
     SlotSampling,
     StepPlan,
@@ -78,6 +79,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         opened=tuple(draw(st.lists(opened, max_size=3))),
         appended_slots=draw(int32s(num_appended)),
         appended_groups=draw(int32s(num_appended)),
+        copied=tuple(draw(st.lists(st.builds(CopiedBlock, int32, int32, int32), max_size=3))),
         appended_blocks=draw(int32s(num_appended)),
         row_slots=draw(int32s(num_rows)),
         row_num_new_tokens=draw(int32s(num_rows)),
