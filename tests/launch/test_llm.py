@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvshard.launch.llm import LLM, Logprob
+from kvshard.launch.llm import LLM
+from kvshard.launch.outputs import Logprob
 from kvshard.runtime.coordinator.plan import StepResult
 from kvshard.runtime.errors import ConfigError, RequestError, ShardError
 from kvshard.runtime.sampling_params import SamplingParams

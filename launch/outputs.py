@@ -1,0 +1,90 @@
+"""What the Python API returns: shaped like vLLM's outputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..runtime.coordinator.request import Request
+from ..runtime.models.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """The log probability of one token under the model's raw logits."""
+
+    logprob: float
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer."""
+
+    index: int
+    text: str
+    token_ids: list[int]  # an ending EOS or stop token included
+    cumulative_logprob: float | None  # None unless SamplingParams.logprobs is set, as `logprobs`
+    logprobs: list[dict[int, Logprob]] | None  # one entry a token: the chosen one's
+    finish_reason: str | None  # stop, length, abort, or error (then RequestOutput.error says why)
+    stop_reason: int | str | None  # the stop string or stop token that ended it; None for EOS
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Where a request's time went; times are readings of one clock, in seconds."""
+
+    arrived_s: float | None
+    admitted_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+    ttft_ms: float | None
+    tpot_ms: float | None
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One prompt with its answer."""
+
+    request_id: str
+    prompt: str | None  # None for token ids and chats
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]  # always one
+    finished: bool
+    error: str | None  # why the model gave no answer, as when its logits were not finite
+    metrics: RequestMetrics
+
+
+def request_output(request: Request, prompt: Prompt, decode: Callable[[list[int]], str]) -> RequestOutput:
+    """What `generate` returns for a finished request; `decode` gives the text of token ids."""
+    logprobs = None
+    if request.output_logprobs is not None:
+        logprobs = [
+            {token_id: Logprob(logprob, decode([token_id]))}
+            for token_id, logprob in zip(request.output_token_ids, request.output_logprobs, strict=True)
+        ]
+    answer = CompletionOutput(
+        index=0,
+        text=request.text,
+        token_ids=request.output_token_ids,
+        cumulative_logprob=None if request.output_logprobs is None else sum(request.output_logprobs),
+        logprobs=logprobs,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+    )
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[answer],
+        finished=True,
+        error=request.error,
+        metrics=RequestMetrics(
+            arrived_s=request.arrived_s,
+            admitted_s=request.admitted_s,
+            first_token_s=request.first_token_s,
+            finished_s=request.finished_s,
+            ttft_ms=request.ttft_ms,
+            tpot_ms=request.tpot_ms,
+            num_preemptions=request.num_preemptions,
+        ),
+    )
