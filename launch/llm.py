@@ -13,6 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from ..runtime.config import parse_config
+from ..runtime.coordinator.detokenizer import TokenTexts
 from ..runtime.coordinator.request import Request
 from ..runtime.errors import ConfigError, RequestError
 from ..runtime.models.prompt import Prompt
@@ -118,9 +119,10 @@ class LLM:
                     self._engine.coordinator.abort(request_id)
                 self._live.clear()
                 self._aborts.clear()
-        decode = self._engine.tokenizer.decode
+        text_of = TokenTexts(self._engine.tokenizer.decode)
         return [
-            request_output(request, prompt, decode) for request, prompt in zip(requests, prompts, strict=True)
+            request_output(request, prompt, text_of)
+            for request, prompt in zip(requests, prompts, strict=True)
         ]
 
     def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..runtime.coordinator.logprobs import Place
 from ..runtime.coordinator.request import Request
 from ..runtime.models.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """The log probability of one token under the model's raw logits."""
+    """One token at one place, under the model's raw logits."""
 
     logprob: float
+    rank: int  # 1 + the number of tokens with a greater logit
     decoded_token: str
 
 
@@ -23,7 +25,9 @@ class CompletionOutput:
     text: str
     token_ids: list[int]  # an ending EOS or stop token included
     cumulative_logprob: float | None  # None unless SamplingParams.logprobs is set, as `logprobs`
-    logprobs: list[dict[int, Logprob]] | None  # one entry a token: the chosen one's
+    logprobs: (
+        list[dict[int, Logprob]] | None
+    )  # by place: the chosen token's, then the most likely ones', by token id
     finish_reason: str | None  # stop, length, abort, or error (then RequestOutput.error says why)
     stop_reason: int | str | None  # the stop string or stop token that ended it; None for EOS
 
@@ -54,20 +58,15 @@ class RequestOutput:
     metrics: RequestMetrics
 
 
-def request_output(request: Request, prompt: Prompt, decode: Callable[[list[int]], str]) -> RequestOutput:
-    """What `generate` returns for a finished request; `decode` gives the text of token ids."""
-    logprobs = None
-    if request.output_logprobs is not None:
-        logprobs = [
-            {token_id: Logprob(logprob, decode([token_id]))}
-            for token_id, logprob in zip(request.output_token_ids, request.output_logprobs, strict=True)
-        ]
+def request_output(request: Request, prompt: Prompt, text_of: Callable[[int], str]) -> RequestOutput:
+    """What `generate` returns for a finished request; `text_of` gives the text of a token."""
+    places = request.output_logprobs
     answer = CompletionOutput(
         index=0,
         text=request.text,
         token_ids=request.output_token_ids,
-        cumulative_logprob=None if request.output_logprobs is None else sum(request.output_logprobs),
-        logprobs=logprobs,
+        cumulative_logprob=None if places is None else sum(place[0].logprob for place in places),
+        logprobs=None if places is None else [_by_id(place, text_of) for place in places],
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
     )
@@ -88,3 +87,7 @@ def request_output(request: Request, prompt: Prompt, decode: Callable[[list[int]
             num_preemptions=request.num_preemptions,
         ),
     )
+
+
+def _by_id(place: Place, text_of: Callable[[int], str]) -> dict[int, Logprob]:
+    return {token.token_id: Logprob(token.logprob, token.rank, text_of(token.token_id)) for token in place}

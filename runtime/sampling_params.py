@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 MAX_INT32 = 2**31 - 1  # JSON has integers of any size; plans and slots hold 32 bits
 MAX_BIAS = 100.0
+MAX_LOGPROBS = 20  # vLLM's default for max_logprobs
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Bias = Annotated[
@@ -76,7 +77,10 @@ class SamplingParams(BaseModel):
     )
     ignore_eos: bool = Field(False, description="go on after the model's EOS token")
     logprobs: int | None = Field(
-        None, description="0 adds the chosen tokens' log probabilities; null adds none"
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="adds each token's log probability, and those of this many of the most likely tokens; null adds none",
     )
     detokenize: bool = Field(True, description="false leaves the text empty; the token ids are the answer")
     skip_special_tokens: bool = Field(True, description="leave special tokens such as EOS out of the text")
@@ -124,8 +128,6 @@ class SamplingParams(BaseModel):
     def _consistent(self) -> "SamplingParams":
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
-        if self.logprobs not in (None, 0):
-            raise ValueError(f"logprobs={self.logprobs}: only the chosen token's are kept; use 0 or null")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings are looked for in the text, and detokenize=false makes none")
         return self

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from ..config import JobConfig
+from ..coordinator.detokenizer import TokenTexts
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
 from ..coordinator.stats import CoordinatorStats
@@ -19,7 +20,7 @@ from ..observe.summary import BatchSummary
 from ..sampling_params import SamplingParams
 from .output import OutputFile
 from .records import BadRow, Row
-from .response import TokenDecoder, answer_line, error_line
+from .response import answer_line, error_line
 
 POLL_S = 0.1
 JOIN_S = 5.0
@@ -42,6 +43,12 @@ class BatchExecutor(Protocol):
     """The part of an executor that a batch job uses."""
 
     def health(self) -> Sequence[ShardHealth]: ...
+
+
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that log probabilities need."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
 
 
 class BatchEngine(Protocol):
@@ -77,6 +84,7 @@ def run_batch(
     waiting_target = config.scheduler.max_num_seqs
     running: dict[str, tuple[Row, Request]] = {}
     coordinator = engine.coordinator
+    text_of = TokenTexts(engine.tokenizer.decode)
     started_s = shown_s = time.monotonic()
 
     def fail(failure: "_Failure") -> None:
@@ -99,7 +107,7 @@ def run_batch(
             output.write(error_line(row.row_id, "system_error", "request_failed", request.error))
             summary.num_failed += 1
         else:
-            output.write(answer_line(row, request, config.model, engine.tokenizer))
+            output.write(answer_line(row, request, config.model, text_of))
             summary.add(request)
 
     def show() -> None:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import time
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal
 
+from ..coordinator.logprobs import Place
 from ..coordinator.request import Request
 from .records import Row
 
@@ -12,15 +14,13 @@ LINE_START = b'{"id":"batch_req_'
 """Every output line begins so; what does not was written by something else."""
 
 
-class TokenDecoder(Protocol):
-    """The part of a tokenizer that log probabilities need."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
+TokenText = Callable[[int], str]
+"""The text of one token."""
 
 
-def answer_line(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> bytes:
+def answer_line(row: Row, request: Request, model: str, text_of: TokenText) -> bytes:
     """The line of a request that finished."""
-    body = _body(row, request, model, tokenizer)
+    body = _body(row, request, model, text_of)
     return _line(row.row_id, {"status_code": 200, "request_id": row.row_id, "body": body}, None)
 
 
@@ -29,7 +29,7 @@ def error_line(row_id: str, kind: Literal["input_error", "system_error"], code: 
     return _line(row_id, None, {"code": code, "message": message, "type": kind})
 
 
-def _body(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> dict[str, Any]:
+def _body(row: Row, request: Request, model: str, text_of: TokenText) -> dict[str, Any]:
     num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
     choice: dict[str, Any] = {"index": 0}
     if row.is_chat:
@@ -41,7 +41,7 @@ def _body(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> di
     choice["token_ids"] = list(request.output_token_ids)
     choice["logprobs"] = None
     if request.output_logprobs is not None:
-        choice["logprobs"] = _logprobs(row, request.output_token_ids, request.output_logprobs, tokenizer)
+        choice["logprobs"] = _logprobs(row, request.output_logprobs, text_of)
     return {
         "id": ("chatcmpl-" if row.is_chat else "cmpl-") + _digest(row.row_id),
         "object": "chat.completion" if row.is_chat else "text_completion",
@@ -56,18 +56,28 @@ def _body(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> di
     }
 
 
-def _logprobs(
-    row: Row, token_ids: list[int], logprobs: list[float], tokenizer: TokenDecoder
-) -> dict[str, Any]:
-    """The chosen tokens' log probabilities, as chat answers and as completions spell them."""
-    tokens = [tokenizer.decode([token_id]) for token_id in token_ids]
-    if not row.is_chat:
-        return {"tokens": tokens, "token_logprobs": logprobs}
+def _logprobs(row: Row, places: list[Place], text_of: TokenText) -> dict[str, Any]:
+    """Log probabilities of the chosen tokens and the most likely ones, as chat answers and as completions spell them."""
+    if row.is_chat:
+        return {
+            "content": [
+                {
+                    "token": text_of(chosen.token_id),
+                    "logprob": chosen.logprob,
+                    "top_logprobs": [
+                        {"token": text_of(token.token_id), "logprob": token.logprob} for token in top
+                    ],
+                }
+                for chosen, *top in places
+            ]
+        }
     return {
-        "content": [
-            {"token": token, "logprob": logprob, "top_logprobs": []}
-            for token, logprob in zip(tokens, logprobs, strict=True)
-        ]
+        "tokens": [text_of(chosen.token_id) for chosen, *_ in places],
+        "token_logprobs": [chosen.logprob for chosen, *_ in places],
+        # By text, where the likelier of two tokens with the same text stays.
+        "top_logprobs": [
+            {text_of(token.token_id): token.logprob for token in reversed(top)} for _, *top in places
+        ],
     }
 
 

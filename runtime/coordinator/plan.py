@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .logits_rules import LogitsRules
+from .logprobs import LogprobTable
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
-Float32 = npt.NDArray[np.float32]
 
 NO_TOKEN = -1  # in StepResult.token_ids: the row was not to sample, or its logits were not finite
 
@@ -29,7 +29,7 @@ class SlotSampling:
     top_p: float
     min_p: float
     seed: int  # 64 bits, unsigned
-    logprobs: bool
+    logprobs: int | None  # most likely tokens wanted beside the chosen one; None: no log probabilities
     stop_ids: tuple[int, ...]  # tokens suppressed while the new token's position is below stop_from
     stop_from: int  # first position in the sequence where an end token is allowed
     rules: LogitsRules | None = None  # None: the logits are used as they are
@@ -87,7 +87,7 @@ class StepResult:
     epoch: int
     step_id: int
     token_ids: Int32  # [num_rows], or NO_TOKEN
-    logprobs: Float32 | None  # [num_rows], of the raw logits; None when no row asked
+    logprobs: LogprobTable | None  # of the rows that sample; None when no row asked
     forward_ms: float
 
     def checksum(self) -> int:
@@ -169,7 +169,7 @@ def decode_plan(data: bytes) -> StepPlan:
 
 
 def encode_result(result: StepResult) -> bytes:
-    logprobs = None if result.logprobs is None else _bytes(result.logprobs)
+    logprobs = None if result.logprobs is None else result.logprobs.pack()
     packed: bytes = msgpack.packb(
         (result.epoch, result.step_id, _bytes(result.token_ids), logprobs, result.forward_ms)
     )
@@ -182,6 +182,6 @@ def decode_result(data: bytes) -> StepResult:
         epoch=epoch,
         step_id=step_id,
         token_ids=_int32(token_ids),
-        logprobs=None if logprobs is None else np.frombuffer(logprobs, np.float32),
+        logprobs=None if logprobs is None else LogprobTable.unpack(logprobs),
         forward_ms=forward_ms,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..sampling_params import SamplingParams
 from .logits_rules import LogitsRules
+from .logprobs import Place
 from .plan import SlotSampling
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Request:
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of `sampling.bad_words`
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
-    output_logprobs: list[float] | None = None  # of the raw logits, one an output token, when asked for
+    output_logprobs: list[Place] | None = None  # one an output token, when asked for
     text: str = ""  # complete when finished; grows before that only when there are stop strings
     status: Status = "waiting"
     finish_reason: FinishReason | None = None
@@ -107,7 +108,7 @@ class Request:
             top_p=1.0 if sampling.greedy else sampling.top_p,
             min_p=0.0 if sampling.greedy else sampling.min_p,
             seed=self.seed,
-            logprobs=sampling.logprobs is not None,
+            logprobs=sampling.logprobs,
             stop_ids=stop_ids,
             stop_from=len(self.prompt_token_ids) + sampling.min_tokens,
             rules=self._logits_rules(),

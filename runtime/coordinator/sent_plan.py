@@ -40,13 +40,14 @@ class SentPlan:
             elif token_id != NO_TOKEN:
                 request.output_token_ids.append(token_id)
         if result.logprobs is not None:
-            for request, token_id, logprob in zip(
-                self.requests, token_ids, result.logprobs.tolist(), strict=True
-            ):
-                if request.output_logprobs is None or request.status == "finished":
+            rows = np.flatnonzero(self.samples).tolist()
+            for row, place in zip(rows, result.logprobs.places(), strict=True):
+                request = self.requests[row]
+                if request.sampling.logprobs is None or request.status == "finished":
                     continue
-                if token_id != NO_TOKEN:
-                    request.output_logprobs.append(logprob)
+                assert request.output_logprobs is not None, "made with the request"
+                if token_ids[row] != NO_TOKEN:
+                    request.output_logprobs.append(place[: 1 + request.sampling.logprobs])
         for request in self.requests[self.num_decodes :]:
             if request.first_token_s is None and request.output_token_ids:
                 request.first_token_s = now

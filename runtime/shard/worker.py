@@ -10,10 +10,12 @@ import torch
 from ...parallel.group import Group
 from ...parallel.shard_map import ShardMap
 from ..config import JobConfig
-from ..coordinator.plan import NO_TOKEN, Float32, Int32, StepPlan, StepResult
+from ..coordinator.logprobs import LogprobTable
+from ..coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult
 from ..models.checkpoint import Checkpoint
 from .decoder import Decoder
 from .kv_cache import KVCache
+from .logprobs import LogprobTensors
 from .sampler import Sampler
 from .slots import Slots
 from .weights import load_weights
@@ -108,14 +110,14 @@ class PendingResult:
         self._deadline_s = deadline_s
         self._clock = clock
         self._token_ids: torch.Tensor | None = None
-        self._logprobs: torch.Tensor | None = None
+        self._logprobs: LogprobTensors | None = None
         self._done = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self._forward_ms = 0.0
 
-    def fetch(self, token_ids: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+    def fetch(self, token_ids: torch.Tensor, logprobs: LogprobTensors | None) -> None:
         """Start the copies to the host; nothing waits for them here."""
         self._token_ids = _to_host(token_ids)
-        self._logprobs = None if logprobs is None else _to_host(logprobs)
+        self._logprobs = None if logprobs is None else LogprobTensors(*map(_to_host, logprobs))
 
     def finish(self) -> None:
         if self._done is not None:
@@ -148,13 +150,18 @@ class PendingResult:
             self._forward_ms = self._clock.until(self._done)
         samples = self._plan.row_samples
         token_ids: Int32 = np.full(len(samples), NO_TOKEN, np.int32)
-        logprobs: Float32 | None = None
         if self._token_ids is not None:
             token_ids[samples] = self._token_ids.numpy()
-        if self._logprobs is not None:
-            logprobs = np.zeros(len(samples), np.float32)
-            logprobs[samples] = self._logprobs.numpy()
-        return StepResult(self._plan.epoch, self._plan.step_id, token_ids, logprobs, self._forward_ms)
+        return StepResult(
+            self._plan.epoch, self._plan.step_id, token_ids, _table(self._logprobs), self._forward_ms
+        )
+
+
+def _table(logprobs: LogprobTensors | None) -> LogprobTable | None:
+    if logprobs is None:
+        return None
+    token_ids, values, ranks = (tensor.numpy() for tensor in logprobs)
+    return LogprobTable(token_ids.astype(np.int32), values, ranks.astype(np.int32))
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

@@ -32,14 +32,17 @@ def engine_of(llm: LLM) -> FakeEngine:
 
 def test_outputs_have_the_known_shape() -> None:
     with LLM(model="m") as llm:
-        [output] = llm.generate("hi", SamplingParams(temperature=0, max_tokens=9, stop=["C"], logprobs=0))
+        [output] = llm.generate("hi", SamplingParams(temperature=0, max_tokens=9, stop=["C"], logprobs=1))
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("0", "hi", [104, 105])
     assert output.finished
     assert output.error is None
     [answer] = output.outputs
     assert (answer.index, answer.text, answer.token_ids) == (0, "AB", [65, 66, 67])
     assert (answer.finish_reason, answer.stop_reason) == ("stop", "C")
-    assert answer.logprobs == [{65: Logprob(-1.0, "A")}, {66: Logprob(-2.0, "B")}, {67: Logprob(-3.0, "C")}]
+    likelier = Logprob(-1.5, 1, "x")
+    assert answer.logprobs == [
+        {65 + index: Logprob(-1.0 - index, 7, "ABC"[index]), ord("x"): likelier} for index in range(3)
+    ]
     assert answer.cumulative_logprob == -6.0
     assert output.metrics.ttft_ms is not None
     assert output.metrics.finished_s is not None

@@ -20,7 +20,7 @@ from kvshard.runtime.shard.worker import Worker
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 GREEDY = SlotSampling(
-    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=False, stop_ids=(), stop_from=0
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=None, stop_ids=(), stop_from=0
 )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from kvshard.runtime.config import JobConfig
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import NO_TOKEN, StepPlan, StepResult
 from kvshard.runtime.coordinator.request import Request
@@ -36,7 +37,7 @@ class FakeTokenizer:
 
 
 class FakeExecutor:
-    """The n-th token that a slot samples is the n-th letter; its log probability is -n."""
+    """The n-th token that a slot samples is the n-th letter; its log probability is -n, and x and y are likelier."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s
@@ -60,13 +61,20 @@ class FakeExecutor:
         for opened in plan.opened:
             self._sampled[opened.slot] = 0
         token_ids = np.full(plan.num_rows, NO_TOKEN, np.int32)
-        logprobs = np.zeros(plan.num_rows, np.float32)
+        logprobs = []
         for row, slot in enumerate(plan.row_slots.tolist()):
             if plan.row_samples[row]:
                 token_ids[row] = ord("A") + self._sampled[slot] % 26
                 self._sampled[slot] += 1
-                logprobs[row] = -self._sampled[slot]
-        return StepResult(plan.epoch, plan.step_id, token_ids, logprobs, 0.0)
+                logprobs.append([-self._sampled[slot], -1.5, -2.5])
+        chosen = token_ids[plan.row_samples][:, None]
+        others = np.full((len(chosen), 2), (ord("x"), ord("y")))
+        table = LogprobTable(
+            np.hstack((chosen, others)).astype(np.int32),
+            np.array(logprobs, np.float32).reshape(-1, 3),
+            np.full((len(chosen), 3), (7, 1, 2), np.int32),
+        )
+        return StepResult(plan.epoch, plan.step_id, token_ids, table, 0.0)
 
     def health(self) -> list[ShardHealth]:
         return [ShardHealth(0, self.num_results, 3 * 2**30)]

@@ -68,7 +68,7 @@ def test_every_row_is_answered_once(tmp_path: Path) -> None:
 
 
 def test_the_answer_of_a_completion(tmp_path: Path) -> None:
-    sampling = SamplingParams(temperature=0, max_tokens=9, stop="C", logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=9, stop="C", logprobs=1)
     _, [line] = run(tmp_path / "out.jsonl", iter([Row("é", [1, 2], False, sampling)]))
     body = line["response"]["body"]
     assert line["id"].startswith("batch_req_")
@@ -82,7 +82,11 @@ def test_the_answer_of_a_completion(tmp_path: Path) -> None:
             "finish_reason": "stop",
             "stop_reason": "C",
             "token_ids": [65, 66, 67],
-            "logprobs": {"tokens": ["A", "B", "C"], "token_logprobs": [-1.0, -2.0, -3.0]},
+            "logprobs": {
+                "tokens": ["A", "B", "C"],
+                "token_logprobs": [-1.0, -2.0, -3.0],
+                "top_logprobs": [{"x": -1.5}] * 3,
+            },
         }
     ]
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
@@ -90,7 +94,7 @@ def test_the_answer_of_a_completion(tmp_path: Path) -> None:
 
 def test_the_answer_of_a_chat(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    with_logprobs = SamplingParams(max_tokens=1, logprobs=0)
+    with_logprobs = SamplingParams(max_tokens=1, logprobs=2)
     source = iter([Row("a", messages, True, SAMPLING), Row("b", messages, True, with_logprobs)])
     _, lines = run(tmp_path / "out.jsonl", source)
     by_id = {line["custom_id"]: line["response"]["body"] for line in lines}
@@ -105,7 +109,8 @@ def test_the_answer_of_a_chat(tmp_path: Path) -> None:
             "logprobs": None,
         }
     ]
-    content = [{"token": "A", "logprob": -1.0, "top_logprobs": []}]
+    top = [{"token": "x", "logprob": -1.5}, {"token": "y", "logprob": -2.5}]
+    content = [{"token": "A", "logprob": -1.0, "top_logprobs": top}]
     assert by_id["b"]["choices"][0]["logprobs"] == {"content": content}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import (
     NO_TOKEN,
@@ -55,6 +56,13 @@ def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tupl
             return output, "stop"
         if len(output) == most:
             return output, "length"
+
+
+def make_table(tokens: list[tuple[int, float]]) -> LogprobTable:
+    """Places where no other tokens are looked at."""
+    columns = np.array(tokens, np.float64).reshape(-1, 2, 1)
+    ones = np.ones((len(tokens), 1), np.int32)
+    return LogprobTable(columns[:, 0].astype(np.int32), columns[:, 1].astype(np.float32), ones)
 
 
 class _Slot:
@@ -154,10 +162,11 @@ class FakeShards:
             else:
                 results.append((NO_TOKEN, 0.0))
         assert not tokens, "token ids left over in the plan"
-        token_ids, logprobs = zip(*results, strict=True)
-        return StepResult(
-            self.epoch, plan.step_id, np.array(token_ids, np.int32), np.array(logprobs, np.float32), 0.0
+        token_ids = np.array([token_id for token_id, _ in results], np.int32)
+        logprobs = make_table(
+            [place for place, samples in zip(results, plan.row_samples, strict=True) if samples]
         )
+        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, 0.0)
 
     def _write(self, slot_id: int, slot: _Slot, new: list[int]) -> None:
         for token in new:
