@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..runtime.coordinator.logprobs import Place
 from ..runtime.coordinator.request import Request
+from ..runtime.coordinator.scoring import prompt_places
 from ..runtime.models.prompt import Prompt
 
 
@@ -52,6 +53,7 @@ class RequestOutput:
     request_id: str
     prompt: str | None  # None for token ids and chats
     prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # like an answer's; None for the first token
     outputs: list[CompletionOutput]  # always one
     finished: bool
     error: str | None  # why the model gave no answer, as when its logits were not finite
@@ -74,6 +76,7 @@ def request_output(request: Request, prompt: Prompt, text_of: Callable[[int], st
         request_id=request.request_id,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=request.prompt_token_ids,
+        prompt_logprobs=_prompt_logprobs(request, text_of),
         outputs=[answer],
         finished=True,
         error=request.error,
@@ -87,6 +90,15 @@ def request_output(request: Request, prompt: Prompt, text_of: Callable[[int], st
             num_preemptions=request.num_preemptions,
         ),
     )
+
+
+def _prompt_logprobs(
+    request: Request, text_of: Callable[[int], str]
+) -> list[dict[int, Logprob] | None] | None:
+    places = prompt_places(request)
+    if places is None:
+        return None
+    return [None if place is None else _by_id(place, text_of) for place in places]
 
 
 def _by_id(place: Place, text_of: Callable[[int], str]) -> dict[int, Logprob]:

@@ -82,6 +82,9 @@ class SamplingParams(BaseModel):
         le=MAX_LOGPROBS,
         description="adds each token's log probability, and those of this many of the most likely tokens; null adds none",
     )
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="the same of each token of the prompt but the first"
+    )
     detokenize: bool = Field(True, description="false leaves the text empty; the token ids are the answer")
     skip_special_tokens: bool = Field(True, description="leave special tokens such as EOS out of the text")
 

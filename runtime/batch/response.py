@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ..coordinator.logprobs import Place
 from ..coordinator.request import Request
+from ..coordinator.scoring import prompt_places
 from .records import Row
 
 LINE_START = b'{"id":"batch_req_'
@@ -48,6 +49,7 @@ def _body(row: Row, request: Request, model: str, text_of: TokenText) -> dict[st
         "created": int(time.time()),
         "model": model,
         "choices": [choice],
+        "prompt_logprobs": _prompt_logprobs(request, text_of),
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
@@ -79,6 +81,26 @@ def _logprobs(row: Row, places: list[Place], text_of: TokenText) -> dict[str, An
             {text_of(token.token_id): token.logprob for token in reversed(top)} for _, *top in places
         ],
     }
+
+
+def _prompt_logprobs(request: Request, text_of: TokenText) -> list[dict[str, Any] | None] | None:
+    """As vLLM's server writes them: by token id, and null for the first token."""
+    places = prompt_places(request)
+    if places is None:
+        return None
+    return [
+        None
+        if place is None
+        else {
+            str(token.token_id): {
+                "logprob": token.logprob,
+                "rank": token.rank,
+                "decoded_token": text_of(token.token_id),
+            }
+            for token in place
+        }
+        for place in places
+    ]
 
 
 def _line(row_id: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:

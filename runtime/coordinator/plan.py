@@ -50,6 +50,25 @@ class OpenedSlot:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Tokens of prompts whose log probabilities are wanted, [num_targets] each."""
+
+    places: Int32  # of the token before each, among the step's tokens
+    token_ids: Int32
+    num_top: int  # most likely tokens wanted beside each, by the row that wants most
+
+    def pack(self) -> tuple[bytes, bytes, int]:
+        """Values that msgpack takes."""
+        return _bytes(self.places), _bytes(self.token_ids), self.num_top
+
+    @classmethod
+    def unpack(cls, values: tuple[bytes, bytes, int]) -> "Targets":
+        """The inverse of `pack`."""
+        places, token_ids, num_top = values
+        return cls(_int32(places), _int32(token_ids), num_top)
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step. Shards apply it in this order: close, open, append blocks, run the rows.
 
@@ -70,6 +89,7 @@ class StepPlan:
     row_from_device: Bool  # [num_rows]
     row_samples: Bool  # [num_rows]
     token_ids: Int32  # [sum of the new tokens of rows not from the device]
+    targets: Targets | None = None  # row after row; None when no row wants any
 
     @property
     def num_rows(self) -> int:
@@ -89,10 +109,12 @@ class StepResult:
     token_ids: Int32  # [num_rows], or NO_TOKEN
     logprobs: LogprobTable | None  # of the rows that sample; None when no row asked
     forward_ms: float
+    prompt_logprobs: LogprobTable | None = None  # of the plan's targets; None without any
 
     def checksum(self) -> int:
-        """CRC-32 of the token ids: every rank must come to the same one."""
-        return zlib.crc32(self.token_ids.tobytes())
+        """CRC-32 of what was sampled and of the targets' ranks: every rank must come to the same one."""
+        ranks = b"" if self.prompt_logprobs is None else _bytes(self.prompt_logprobs.ranks)
+        return zlib.crc32(ranks, zlib.crc32(_bytes(self.token_ids)))
 
 
 def _bytes(array: npt.NDArray[np.generic]) -> bytes:
@@ -136,15 +158,15 @@ def encode_plan(plan: StepPlan) -> bytes:
             _bytes(plan.row_from_device),
             _bytes(plan.row_samples),
             _bytes(plan.token_ids),
+            None if plan.targets is None else plan.targets.pack(),
         )
     )
     return packed
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    (epoch, step_id, opened, closed, app_slots, app_blocks, slots, new_tokens, device, samples, tokens) = (
-        msgpack.unpackb(data, use_list=False)
-    )
+    *most, targets = msgpack.unpackb(data, use_list=False)
+    epoch, step_id, opened, closed, app_slots, app_blocks, slots, new_tokens, device, samples, tokens = most
     return StepPlan(
         epoch=epoch,
         step_id=step_id,
@@ -165,23 +187,26 @@ def decode_plan(data: bytes) -> StepPlan:
         row_from_device=np.frombuffer(device, np.bool_),
         row_samples=np.frombuffer(samples, np.bool_),
         token_ids=_int32(tokens),
+        targets=None if targets is None else Targets.unpack(targets),
     )
 
 
 def encode_result(result: StepResult) -> bytes:
-    logprobs = None if result.logprobs is None else result.logprobs.pack()
+    tables = [None if table is None else table.pack() for table in (result.logprobs, result.prompt_logprobs)]
     packed: bytes = msgpack.packb(
-        (result.epoch, result.step_id, _bytes(result.token_ids), logprobs, result.forward_ms)
+        (result.epoch, result.step_id, _bytes(result.token_ids), tables, result.forward_ms)
     )
     return packed
 
 
 def decode_result(data: bytes) -> StepResult:
-    epoch, step_id, token_ids, logprobs, forward_ms = msgpack.unpackb(data)
+    epoch, step_id, token_ids, tables, forward_ms = msgpack.unpackb(data)
+    logprobs, prompt_logprobs = (None if table is None else LogprobTable.unpack(table) for table in tables)
     return StepResult(
         epoch=epoch,
         step_id=step_id,
         token_ids=_int32(token_ids),
-        logprobs=None if logprobs is None else LogprobTable.unpack(logprobs),
+        logprobs=logprobs,
         forward_ms=forward_ms,
+        prompt_logprobs=prompt_logprobs,
     )

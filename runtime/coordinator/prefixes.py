@@ -54,7 +54,8 @@ class Prefixes:
     def find(self, request: Request) -> list[int]:
         """The cached or used blocks that begin as `request` does.
 
-        They leave out its last known token at least, since only what is computed has logits.
+        They leave out its last known token at least, since only what is computed has logits; and all but what is
+        behind it already where the log probabilities of its prompt are wanted.
         """
         if not self.enabled:
             return []
@@ -93,4 +94,4 @@ class Prefixes:
         self._blocks.withdraw(request.block_hashes)
 
     def _most(self, request: Request) -> int:
-        return (request.num_tokens - 1) // self._block_size
+        return request.num_skippable // self._block_size

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..sampling_params import SamplingParams
 from .logits_rules import LogitsRules
-from .logprobs import Place
+from .logprobs import LogprobTable, Place
 from .plan import SlotSampling
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
     output_logprobs: list[Place] | None = None  # one an output token, when asked for
+    prompt_logprobs: list[LogprobTable] = field(default_factory=list)  # when asked for, in the prompt's order
+    num_targets: int = 0  # prompt tokens whose log probabilities sent plans ask for; the first one has none
     text: str = ""  # complete when finished; grows before that only when there are stop strings
     status: Status = "waiting"
     finish_reason: FinishReason | None = None
@@ -81,6 +83,18 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_prompt_top(self) -> int | None:
+        """Most likely tokens wanted beside each one of the prompt; None: no log probabilities of the prompt."""
+        return self.sampling.prompt_logprobs
+
+    @property
+    def num_skippable(self) -> int:
+        """Tokens at the beginning that need not be run through the model where their K and V are there."""
+        if self.num_prompt_top is None or self.num_targets == len(self.prompt_token_ids) - 1:
+            return self.num_tokens - 1  # the last one's logits are wanted
+        return self.num_targets
 
     @property
     def ttft_ms(self) -> float | None:

@@ -27,6 +27,7 @@ from .plan_builder import PlanBuilder
 from .preemption import cheapest_victim
 from .prefixes import Prefixes
 from .request import Request
+from .scoring import take_targets
 from .sent_plan import SentPlan
 from .slot_table import SlotTable
 from .stats import CoordinatorStats
@@ -115,7 +116,7 @@ class Scheduler:
         to_check = [sent.requests[row] for row in (*rows[may_end].tolist(), *preempted.tolist())]
         to_check = [request for request in to_check if request.status != "finished"]
         self._stats.num_dropped_tokens += sent.hand_out(result, now)
-        return to_check
+        return to_check + sent.ended_in_prompt(to_check)
 
     def _add_decodes(self, builder: PlanBuilder) -> None:
         """A row for every slot whose prompt is computed and that may have another token."""
@@ -208,7 +209,7 @@ class Scheduler:
         self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
         if request.admitted_s is None:
             request.admitted_s = now
-            if self._prefixes.enabled:
+            if self._prefixes.enabled and request.num_prompt_top is None:
                 self._stats.num_cached_prompt_tokens += num_cached
                 self._stats.num_looked_up_prompt_tokens += len(request.prompt_token_ids)
         sampling = request.slot_sampling(self._eos_token_ids)
@@ -221,7 +222,8 @@ class Scheduler:
         start = int(self.slots.num_computed[slot])
         end = min(start + builder.budget, len(token_ids))
         is_last = end == len(token_ids)
-        builder.add_chunk(slot, token_ids[start:end], samples=is_last)
+        targets = take_targets(self.slots.owners[slot], start, end)
+        builder.add_chunk(slot, token_ids[start:end], samples=is_last, targets=targets)
         if is_last:
             del self._prefills[slot]
         return is_last
@@ -239,7 +241,8 @@ class Scheduler:
             self._prefixes.publish(request, end - num_new, end)
         self._sent.append(
             SentPlan(
-                plan.step_id, builder.num_decodes, slots, table.serial[slots], plan.row_samples, requests
+                *(plan.step_id, first, slots, table.serial[slots], plan.row_samples, requests),
+                builder.num_targets,
             )
         )
         self._next_step_id += 1

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ...kernels.host import to_device
 from ...parallel.group import Group
 from ...parallel.shard_map import ShardMap
 from ..config import JobConfig
 from ..coordinator.logprobs import LogprobTable
-from ..coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult
+from ..coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult, Targets
 from ..models.checkpoint import Checkpoint
 from .decoder import Decoder
 from .kv_cache import KVCache
@@ -76,14 +77,29 @@ class Worker:
         inputs = self.slots.apply(plan)
         for opened in plan.opened:
             self._sampler.open(opened.slot, opened.sampling)
-        logits = self.decoder.forward(inputs, self.cache)
+        hidden = self.decoder.forward(inputs, self.cache)
         pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
+        if plan.targets is not None:
+            pending.fetch_prompt(self._prompt_logprobs(hidden, plan.targets))
         if len(inputs.sample_slots):
+            logits = self.decoder.logits(hidden[inputs.sample_tokens])
             token_ids, logprobs = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
             self.slots.store_sampled(inputs.sample_slots, token_ids)
             pending.fetch(token_ids, logprobs)
         pending.finish()
         return pending
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, targets: Targets) -> LogprobTensors:
+        """In pieces of as many rows as may sample: the memory plan has room for the logits of so many."""
+        places, token_ids = to_device(
+            np.stack((targets.places, targets.token_ids)).astype(np.int64), self.device
+        )
+        most = self._config.scheduler.max_num_seqs
+        pieces = [
+            self._sampler.logprobs.of(self.decoder.logits(hidden[some]), wanted, targets.num_top)
+            for some, wanted in zip(places.split(most), token_ids.split(most), strict=True)
+        ]
+        return LogprobTensors(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 class _Clock:
@@ -111,6 +127,7 @@ class PendingResult:
         self._clock = clock
         self._token_ids: torch.Tensor | None = None
         self._logprobs: LogprobTensors | None = None
+        self._prompt_logprobs: LogprobTensors | None = None
         self._done = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self._forward_ms = 0.0
 
@@ -118,6 +135,10 @@ class PendingResult:
         """Start the copies to the host; nothing waits for them here."""
         self._token_ids = _to_host(token_ids)
         self._logprobs = None if logprobs is None else LogprobTensors(*map(_to_host, logprobs))
+
+    def fetch_prompt(self, logprobs: LogprobTensors) -> None:
+        """The same for what was asked of prompts."""
+        self._prompt_logprobs = LogprobTensors(*map(_to_host, logprobs))
 
     def finish(self) -> None:
         if self._done is not None:
@@ -153,7 +174,12 @@ class PendingResult:
         if self._token_ids is not None:
             token_ids[samples] = self._token_ids.numpy()
         return StepResult(
-            self._plan.epoch, self._plan.step_id, token_ids, _table(self._logprobs), self._forward_ms
+            self._plan.epoch,
+            self._plan.step_id,
+            token_ids,
+            _table(self._logprobs),
+            self._forward_ms,
+            _table(self._prompt_logprobs),
         )
 
 

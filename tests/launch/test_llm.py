@@ -48,6 +48,14 @@ def test_outputs_have_the_known_shape() -> None:
     assert output.metrics.finished_s is not None
 
 
+def test_log_probabilities_of_the_prompt() -> None:
+    with LLM(model="m") as llm:
+        [plain] = llm.generate("hi", GREEDY)
+        [output] = llm.generate("hi", SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert plain.prompt_logprobs is None
+    assert output.prompt_logprobs == [None, {ord("i"): Logprob(-0.5, 7, "i")}]
+
+
 def test_results_come_in_the_order_of_the_prompts() -> None:
     params = [SamplingParams(temperature=0, max_tokens=count) for count in (5, 1, 3)]
     with LLM(model="m", scheduler={"max_num_seqs": 2}) as llm:

@@ -66,6 +66,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict, key: str, 
         ({"sampling": {"top_p": 0}}, ["sampling.top_p=0", "greater than 0"]),
         ({"sampling": {"stop": [""]}}, ["sampling.stop", "must not be empty"]),
         ({"sampling": {"logprobs": 21}}, ["sampling.logprobs=21", "less than or equal to 20"]),
+        (
+            {"sampling": {"prompt_logprobs": -1}},
+            ["sampling.prompt_logprobs=-1", "greater than or equal to 0"],
+        ),
     ],
 )
 def test_a_bad_value_is_refused_by_name(values: dict, parts: list[str]) -> None:

@@ -20,7 +20,7 @@ from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
-from kvshard.runtime.coordinator.plan import NO_TOKEN, StepPlan, StepResult
+from kvshard.runtime.coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.errors import RequestError, ShardError
 from kvshard.runtime.models.prompt import Prompt
@@ -61,26 +61,33 @@ class FakeExecutor:
         for opened in plan.opened:
             self._sampled[opened.slot] = 0
         token_ids = np.full(plan.num_rows, NO_TOKEN, np.int32)
-        logprobs = []
+        logprobs: list[float] = []
         for row, slot in enumerate(plan.row_slots.tolist()):
             if plan.row_samples[row]:
                 token_ids[row] = ord("A") + self._sampled[slot] % 26
                 self._sampled[slot] += 1
-                logprobs.append([-self._sampled[slot], -1.5, -2.5])
-        chosen = token_ids[plan.row_samples][:, None]
-        others = np.full((len(chosen), 2), (ord("x"), ord("y")))
-        table = LogprobTable(
-            np.hstack((chosen, others)).astype(np.int32),
-            np.array(logprobs, np.float32).reshape(-1, 3),
-            np.full((len(chosen), 3), (7, 1, 2), np.int32),
-        )
-        return StepResult(plan.epoch, plan.step_id, token_ids, table, 0.0)
+                logprobs.append(-self._sampled[slot])
+        of_prompts = None
+        if plan.targets is not None:
+            of_prompts = _table(plan.targets.token_ids, [-0.5] * len(plan.targets.token_ids))
+        table = _table(token_ids[plan.row_samples], logprobs)
+        return StepResult(plan.epoch, plan.step_id, token_ids, table, 0.0, of_prompts)
 
     def health(self) -> list[ShardHealth]:
         return [ShardHealth(0, self.num_results, 3 * 2**30)]
 
     def close(self) -> None:
         self.closed = True
+
+
+def _table(token_ids: Int32, logprobs: list[float]) -> LogprobTable:
+    """Tokens of rank 7; x and y are the most likely ones."""
+    count = len(token_ids)
+    return LogprobTable(
+        np.column_stack((token_ids, np.full((count, 2), (ord("x"), ord("y"))))).astype(np.int32),
+        np.column_stack((np.array(logprobs), np.full((count, 2), (-1.5, -2.5)))).astype(np.float32),
+        np.full((count, 3), (7, 1, 2), np.int32),
+    )
 
 
 class FakeEngine:

@@ -114,6 +114,17 @@ def test_the_answer_of_a_chat(tmp_path: Path) -> None:
     assert by_id["b"]["choices"][0]["logprobs"] == {"content": content}
 
 
+def test_log_probabilities_of_the_prompt(tmp_path: Path) -> None:
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    _, [line] = run(tmp_path / "out.jsonl", iter([Row("a", "hey", False, wanted)]))
+    x = {"120": {"logprob": -1.5, "rank": 1, "decoded_token": "x"}}
+    assert line["response"]["body"]["prompt_logprobs"] == [
+        None,
+        {"101": {"logprob": -0.5, "rank": 7, "decoded_token": "e"}} | x,
+        {"121": {"logprob": -0.5, "rank": 7, "decoded_token": "y"}} | x,
+    ]
+
+
 def test_bad_rows_fail_and_the_others_go_on(tmp_path: Path) -> None:
     too_long = SamplingParams(max_tokens=1000)
     source: list[Row | BadRow] = [

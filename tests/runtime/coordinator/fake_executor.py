@@ -20,12 +20,14 @@ from kvshard.runtime.coordinator.plan import (
     SlotSampling,
     StepPlan,
     StepResult,
+    Targets,
     decode_plan,
     decode_result,
     encode_plan,
     encode_result,
 )
 from kvshard.runtime.coordinator.request import Request
+from kvshard.runtime.coordinator.scoring import prompt_places
 from kvshard.runtime.sampling_params import SamplingParams
 
 POISON = -7  # in every place of the cache that nobody has written, or that was given up
@@ -40,6 +42,17 @@ def next_token(sequence: list[int], seed: int, suppressed: Iterable[int] = ()) -
         if digest % VOCAB not in suppressed:
             return digest % VOCAB, -float(digest % 1000) / 100
     raise AssertionError("every token is suppressed")
+
+
+def token_logprob(sequence: list[int], token_id: int, seed: int) -> float:
+    """The "log probability" of `token_id` after `sequence`."""
+    return -float(zlib.crc32(np.array([token_id, *sequence], np.int64).tobytes(), seed % 2**31) % 1000) / 100
+
+
+def expected_prompt(request: Request) -> list[tuple[int, float, int]]:
+    """(token, log probability, rank) of each prompt token but the first."""
+    prompt, seed = request.prompt_token_ids, request.seed
+    return [(prompt[at], token_logprob(prompt[:at], prompt[at], seed), 1) for at in range(1, len(prompt))]
 
 
 def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tuple[list[int], str]:
@@ -139,6 +152,9 @@ class FakeShards:
     def _run_rows(self, plan: StepPlan) -> StepResult:
         tokens = plan.token_ids.tolist()
         results: list[tuple[int, float]] = []
+        written: list[
+            tuple[_Slot, int]
+        ] = []  # of each token of the step: its slot and its place in the sequence
         for index, slot_id in enumerate(plan.row_slots.tolist()):
             assert slot_id in self.slots, f"row of slot {slot_id}, which is not open"
             slot = self.slots[slot_id]
@@ -155,6 +171,7 @@ class FakeShards:
                 if slot.last_sampled is not None:
                     assert new == [slot.last_sampled], "not the token that was sampled"
             self._write(slot_id, slot, new)
+            written += [(slot, at) for at in range(slot.context_len - count, slot.context_len)]
             if plan.row_samples[index]:
                 results.append(self._sample(slot))
                 # A row without a token goes on with any, until the coordinator knows and closes it.
@@ -166,7 +183,8 @@ class FakeShards:
         logprobs = make_table(
             [place for place, samples in zip(results, plan.row_samples, strict=True) if samples]
         )
-        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, 0.0)
+        prompt_logprobs = None if plan.targets is None else self._score(plan.targets, written)
+        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, 0.0, prompt_logprobs)
 
     def _write(self, slot_id: int, slot: _Slot, new: list[int]) -> None:
         for token in new:
@@ -177,6 +195,17 @@ class FakeShards:
             assert self.cache[block, offset] == POISON, "a place is written twice"
             self.cache[block, offset] = token
             slot.context_len += 1
+
+    def _score(self, targets: Targets, written: list[tuple[_Slot, int]]) -> LogprobTable:
+        tokens = []
+        for place, token_id in zip(targets.places.tolist(), targets.token_ids.tolist(), strict=True):
+            slot, at = written[place]
+            sequence = self.cache[slot.blocks].reshape(-1)[: at + 1].tolist()
+            assert POISON not in sequence, "a place is read that was never written"
+            seed = slot.sampling.seed
+            broken = self.without_token(sequence, seed)
+            tokens.append((token_id, np.nan if broken else token_logprob(sequence, token_id, seed)))
+        return make_table(tokens)
 
     def _sample(self, slot: _Slot) -> tuple[int, float]:
         sequence = self.cache[slot.blocks].reshape(-1)[: slot.context_len].tolist()
@@ -272,3 +301,18 @@ class Run:
             output, reason = expected(request, self.eos, self.limits.max_model_len)
             assert request.status == "finished"
             assert (request.output_token_ids, request.finish_reason) == (output, reason), request.request_id
+            assert_prompt_as_expected(request)
+
+
+def assert_prompt_as_expected(request: Request) -> None:
+    """Every prompt token was told about once, or the first ones of a request that did not end well."""
+    places = prompt_places(request)
+    if places is None:
+        assert not request.prompt_logprobs
+        return
+    got = [token for place in places[1:] for token in place or ()]
+    whole = expected_prompt(request)
+    assert len(got) == len(whole) or request.finish_reason in ("abort", "error")
+    for token, wanted in zip(got, whole, strict=False):
+        assert (token.token_id, token.rank) == (wanted[0], wanted[2])
+        assert abs(token.logprob - wanted[1]) < 1e-5 or request.finish_reason == "error"

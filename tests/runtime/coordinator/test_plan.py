@@ -15,6 +15,7 @@ from kvshard.runtime.coordinator.plan import (
     SlotSampling,
     StepPlan,
     StepResult,
+    Targets,
     decode_plan,
     decode_result,
     encode_plan,
@@ -69,6 +70,13 @@ opened = st.builds(
 )
 
 
+targets = st.integers(1, 3).flatmap(
+    lambda count: st.builds(
+        Targets, places=int32s(count), token_ids=int32s(count), num_top=st.integers(0, 20)
+    )
+)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
     num_rows, num_appended = draw(st.integers(0, 4)), draw(st.integers(0, 3))
@@ -84,16 +92,17 @@ def plans(draw: st.DrawFn) -> StepPlan:
         row_from_device=draw(bools(num_rows)),
         row_samples=draw(bools(num_rows)),
         token_ids=draw(int32s()),
+        targets=draw(st.none() | targets),
     )
 
 
-def assert_same(got: Any, sent: StepPlan | StepResult | LogprobTable) -> None:
+def assert_same(got: Any, sent: StepPlan | StepResult | LogprobTable | Targets) -> None:
     for field in dataclasses.fields(sent):
         before, after = getattr(sent, field.name), getattr(got, field.name)
         if isinstance(before, np.ndarray):
             assert after.dtype == before.dtype, field.name
             np.testing.assert_array_equal(after, before, err_msg=field.name)
-        elif isinstance(before, LogprobTable):
+        elif isinstance(before, LogprobTable | Targets):
             assert_same(after, before)
         else:
             assert after == before, field.name
@@ -120,3 +129,6 @@ def test_result_round_trip(logprobs: LogprobTable | None) -> None:
     assert got.checksum() == result.checksum()
     other = dataclasses.replace(result, token_ids=np.array([5, -1, 0], np.int32))
     assert other.checksum() != result.checksum()
+    with_prompts = dataclasses.replace(result, prompt_logprobs=TABLE)
+    assert_same(decode_result(encode_result(with_prompts)), with_prompts)
+    assert with_prompts.checksum() != result.checksum()

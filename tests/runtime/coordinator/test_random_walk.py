@@ -50,6 +50,7 @@ def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]
         stop_token_ids=chance.sample(range(97), chance.choice([0, 0, 4])),
         ignore_eos=chance.random() < 0.3,
         seed=chance.choice([None, 3]),
+        prompt_logprobs=chance.choice([None, None, None, 0, 2]),
     )
 
 
@@ -87,6 +88,7 @@ def test_walk(fake: ModuleType, first_seed: int) -> None:
         for row in aborted + failed:
             whole, _ = fake.expected(row, run.eos, run.limits.max_model_len)
             assert row.output_token_ids == whole[: len(row.output_token_ids)]
+            fake.assert_prompt_as_expected(row)
         for row in failed:
             assert row.num_tokens == max(fails_at[row.seed], len(row.prompt_token_ids))
         stats = run.coordinator.stats
