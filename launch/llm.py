@@ -12,14 +12,14 @@ from typing import Any, Self
 
 from rich.console import Console
 
-from ..runtime.config import parse_config
+from ..runtime.config import Task, parse_config
 from ..runtime.coordinator.detokenizer import TokenTexts
 from ..runtime.coordinator.request import Request
 from ..runtime.errors import ConfigError, RequestError
 from ..runtime.models.prompt import Prompt
 from ..runtime.observe.progress import NoProgress, make_progress
 from ..runtime.sampling_params import SamplingParams
-from .outputs import RequestOutput, request_output
+from .outputs import RequestOutput, ScoreOutput, request_output, score_output
 
 PromptInput = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": ids}."""
@@ -39,6 +39,8 @@ class LLM:
         for key in ("input", "output"):
             if settings.get(key) is not None:
                 raise ConfigError(f"LLM: {key} belongs to a job file; pass prompts to generate() instead")
+        if settings.get("task") is not None:
+            raise ConfigError("LLM: task belongs to a job file; call generate(), chat() or score() instead")
         if settings.get("launcher") == "torchrun":
             raise ConfigError("LLM: launcher=torchrun only runs job files; use local or ray")
         values = {"model": str(model), "tensor_parallel_size": tensor_parallel_size, **settings}
@@ -82,8 +84,26 @@ class LLM:
         chats: Sequence[Any] = [messages] if one else messages
         return self._run([[dict(message) for message in chat] for chat in chats], sampling_params, progress)
 
+    def score(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        prompt_logprobs: int = 0,
+        *,
+        progress: bool = False,
+    ) -> list[ScoreOutput]:
+        """How likely each text is, in the order of `prompts`, given as to `generate`; nothing is generated.
+
+        `prompt_logprobs` is how many of the most likely tokens come with each one of the text. Raises what `generate`
+        raises.
+        """
+        many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        texts = [_read_prompt(prompt) for prompt in many]
+        requests = self._answer(texts, SamplingParams(prompt_logprobs=prompt_logprobs), progress, "score")
+        text_of = TokenTexts(self._engine.tokenizer.decode)
+        return [score_output(request, text, text_of) for request, text in zip(requests, texts, strict=True)]
+
     def abort(self, request_id: str) -> None:
-        """End a request of the `generate` or `chat` that runs in another thread; its blocks are freed.
+        """End a request of the `generate`, `chat` or `score` that runs in another thread; its blocks are freed.
 
         It comes back with finish_reason "abort" and the tokens it had. Unknown ids are ignored, since a request may
         finish at any time.
@@ -107,29 +127,39 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
     ) -> list[RequestOutput]:
-        if not self._close.alive:
-            raise ConfigError("this LLM is closed; make another one")
-        params = _one_each(sampling_params, len(prompts), self._engine.config.sampling)
-        with self._lock:
-            try:
-                requests = self._add(prompts, params)
-                self._step_until_done(len(requests), progress)
-            finally:
-                for request_id in self._live:  # left by an error: the next call must not run them
-                    self._engine.coordinator.abort(request_id)
-                self._live.clear()
-                self._aborts.clear()
+        requests = self._answer(prompts, sampling_params, progress, "generate")
         text_of = TokenTexts(self._engine.tokenizer.decode)
         return [
             request_output(request, prompt, text_of)
             for request, prompt in zip(requests, prompts, strict=True)
         ]
 
-    def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
+    def _answer(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
+        task: Task,
+    ) -> list[Request]:
+        if not self._close.alive:
+            raise ConfigError("this LLM is closed; make another one")
+        params = _one_each(sampling_params, len(prompts), self._engine.config.sampling)
+        with self._lock:
+            try:
+                requests = self._add(prompts, params, task)
+                self._step_until_done(len(requests), progress)
+            finally:
+                for request_id in self._live:  # left by an error: the next call must not run them
+                    self._engine.coordinator.abort(request_id)
+                self._live.clear()
+                self._aborts.clear()
+        return requests
+
+    def _add(self, prompts: list[Prompt], params: list[SamplingParams], task: Task) -> list[Request]:
         requests = []
         for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             try:
-                request = self._engine.make_request(str(self._next_id + index), prompt, sampling)
+                request = self._engine.make_request(str(self._next_id + index), prompt, sampling, task)
                 self._engine.coordinator.check(request)
             except RequestError as error:
                 raise RequestError(f"prompts[{index}]: {error}") from None
@@ -156,7 +186,7 @@ class LLM:
                             ended.append(aborted)
                     for request in ended:
                         del self._live[request.request_id]
-                        num_tokens += len(request.output_token_ids)
+                        num_tokens += request.num_made
                     view.update(total - len(self._live), 0, num_tokens)
         finally:
             view.stop()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..runtime.coordinator.logprobs import Place
 from ..runtime.coordinator.request import Request
-from ..runtime.coordinator.scoring import prompt_places
+from ..runtime.coordinator.scoring import prompt_places, score_of
 from ..runtime.models.prompt import Prompt
 
 
@@ -58,6 +58,37 @@ class RequestOutput:
     finished: bool
     error: str | None  # why the model gave no answer, as when its logits were not finite
     metrics: RequestMetrics
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """One text with its score; the first token of a text has no probability and counts for nothing."""
+
+    request_id: str
+    prompt: str | None  # None for token ids
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[
+        dict[int, Logprob] | None
+    ]  # None for the first token; cut short where there is no score
+    logprob_sum: float | None  # None after an abort or an error
+    perplexity: (
+        float | None
+    )  # exp(-logprob_sum / number of scored tokens); None also when no float can hold it
+    error: str | None  # why there is no score, as when the model's logits were not finite
+
+
+def score_output(request: Request, prompt: Prompt, text_of: Callable[[int], str]) -> ScoreOutput:
+    """What `score` returns for a finished request; `text_of` gives the text of a token."""
+    score = score_of(request)
+    return ScoreOutput(
+        request_id=request.request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=request.prompt_token_ids,
+        prompt_logprobs=_prompt_logprobs(request, text_of) or [],
+        logprob_sum=None if score is None else score.logprob_sum,
+        perplexity=None if score is None else score.perplexity,
+        error=request.error,
+    )
 
 
 def request_output(request: Request, prompt: Prompt, text_of: Callable[[int], str]) -> RequestOutput:

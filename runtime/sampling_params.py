@@ -136,6 +136,14 @@ class SamplingParams(BaseModel):
         return self
 
     @property
+    def only_to_generate(self) -> dict[str, Any]:
+        """Settings that are not the default and mean nothing where a text is scored, by name."""
+        values = (
+            (name, getattr(self, name)) for name in SamplingParams.model_fields if name != "prompt_logprobs"
+        )
+        return {name: value for name, value in values if value != SamplingParams.model_fields[name].default}
+
+    @property
     def penalizes(self) -> bool:
         """True when the counts of tokens matter."""
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)

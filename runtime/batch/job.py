@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from ..config import JobConfig
+from ..config import JobConfig, Task
 from ..coordinator.detokenizer import TokenTexts
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
@@ -64,7 +64,9 @@ class BatchEngine(Protocol):
     def shards(self) -> Sequence[ShardInfo]: ...
     @property
     def tokenizer(self) -> TokenDecoder: ...
-    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request: ...
+    def make_request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, task: Task
+    ) -> Request: ...
 
 
 def run_batch(
@@ -79,13 +81,16 @@ def run_batch(
     Setting `stop` ends the job after the current step; what was not written runs again next time. Raises
     ConfigError (input or output file) and ShardError; the rows written so far stay.
     """
-    summary = BatchSummary(output.path)
     config = engine.config
+    summary = BatchSummary(output.path, config.task)
     waiting_target = config.scheduler.max_num_seqs
     running: dict[str, tuple[Row, Request]] = {}
     coordinator = engine.coordinator
     text_of = TokenTexts(engine.tokenizer.decode)
     started_s = shown_s = time.monotonic()
+
+    def make_request(row: Row) -> Request:
+        return engine.make_request(row.row_id, row.prompt, row.sampling, config.task)
 
     def fail(failure: "_Failure") -> None:
         output.write(error_line(failure.row_id, "input_error", failure.code, failure.message))
@@ -111,11 +116,10 @@ def run_batch(
             summary.add(request)
 
     def show() -> None:
-        num_tokens = summary.num_output_tokens
-        num_tokens += sum(len(request.output_token_ids) for _, request in running.values())
+        num_tokens = summary.num_tokens + sum(request.num_made for _, request in running.values())
         progress.update(summary.num_ok + summary.num_failed, summary.num_failed, num_tokens)
 
-    with _Feeder(rows, output.done, engine.make_request, 2 * waiting_target) as feeder:
+    with _Feeder(rows, output.done, make_request, 2 * waiting_target) as feeder:
         while not stop.is_set():
             while coordinator.num_waiting < waiting_target and (item := feeder.get(0.0)) is not None:
                 admit(item)
@@ -157,7 +161,7 @@ class _Feeder:
         self,
         rows: Iterator[Row | BadRow],
         done: set[str],
-        make_request: Callable[[str, Prompt, SamplingParams], Request],
+        make_request: Callable[[Row], Request],
         max_ahead: int,
     ) -> None:
         self.num_skipped = 0
@@ -210,7 +214,7 @@ class _Feeder:
         if isinstance(row, BadRow):
             return _Failure(row.row_id, row.code, row.message)
         try:
-            return row, self._make_request(row.row_id, row.prompt, row.sampling)
+            return row, self._make_request(row)
         except RequestError as error:
             return _Failure(row.row_id, "invalid_request", str(error))
 

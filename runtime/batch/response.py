@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..coordinator.logprobs import Place
 from ..coordinator.request import Request
-from ..coordinator.scoring import prompt_places
+from ..coordinator.scoring import prompt_places, score_of
 from .records import Row
 
 LINE_START = b'{"id":"batch_req_'
@@ -31,6 +31,8 @@ def error_line(row_id: str, kind: Literal["input_error", "system_error"], code: 
 
 
 def _body(row: Row, request: Request, model: str, text_of: TokenText) -> dict[str, Any]:
+    if request.task == "score":
+        return _score(row, request, model, text_of)
     num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
     choice: dict[str, Any] = {"index": 0}
     if row.is_chat:
@@ -80,6 +82,22 @@ def _logprobs(row: Row, places: list[Place], text_of: TokenText) -> dict[str, An
         "top_logprobs": [
             {text_of(token.token_id): token.logprob for token in reversed(top)} for _, *top in places
         ],
+    }
+
+
+def _score(row: Row, request: Request, model: str, text_of: TokenText) -> dict[str, Any]:
+    score, num_prompt = score_of(request), len(request.prompt_token_ids)
+    assert score is not None, "a text that is scored has ended, and well"
+    return {
+        "id": f"score-{_digest(row.row_id)}",
+        "object": "text_score",
+        "created": int(time.time()),
+        "model": model,
+        "logprob_sum": score.logprob_sum,
+        "perplexity": score.perplexity,
+        "prompt_token_ids": list(request.prompt_token_ids),
+        "prompt_logprobs": _prompt_logprobs(request, text_of),
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": 0, "total_tokens": num_prompt},
     }
 
 

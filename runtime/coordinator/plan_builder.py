@@ -3,7 +3,8 @@
 import numpy as np
 
 from .plan import Bool, Int32, OpenedSlot, StepPlan, Targets
-from .scoring import ChunkTargets
+from .request import Request
+from .scoring import ChunkTargets, take_targets
 
 
 class PlanBuilder:
@@ -43,13 +44,12 @@ class PlanBuilder:
         self._decode_tokens = last_tokens[~from_device]
         self.budget -= len(slots)
 
-    def add_chunk(
-        self, slot: int, token_ids: Int32, *, samples: bool, targets: ChunkTargets | None = None
-    ) -> None:
-        """One row: the next tokens of a prompt; `samples` with its last one."""
-        self._chunks.append((slot, token_ids, samples))
-        self._targets.append(targets)
-        self.budget -= len(token_ids)
+    def add_chunk(self, request: Request, prefill: Int32, start: int, end: int) -> None:
+        """One row: tokens `start` up to `end` of a request's prefill, whose last one samples the next token."""
+        samples = end == len(prefill) and request.task == "generate"
+        self._chunks.append((request.slot, prefill[start:end], samples))
+        self._targets.append(take_targets(request, start, end))
+        self.budget -= end - start
 
     def build(self, epoch: int, step_id: int, closed: list[int]) -> StepPlan | None:
         """The plan; None when it would have no row."""

@@ -57,7 +57,7 @@ class Prefixes:
         They leave out its last known token at least, since only what is computed has logits; and all but what is
         behind it already where the log probabilities of its prompt are wanted.
         """
-        if not self.enabled:
+        if not self._has_part(request):
             return []
         extend_hashes(request, self._block_size)
         return self._blocks.find(request.block_hashes[: self._most(request)])
@@ -69,7 +69,7 @@ class Prefixes:
 
         chunk_slots: slots whose prefills this plan brings to their end, as it has room for more.
         """
-        if not self.enabled or num_found >= self._most(request):
+        if not self._has_part(request) or num_found >= self._most(request):
             return False
         wanted, end = request.block_hashes[num_found], (num_found + 1) * self._block_size
         for slot in chunk_slots:
@@ -80,7 +80,7 @@ class Prefixes:
 
     def publish(self, request: Request, start: int, end: int) -> None:
         """Let others find the blocks that `request` filled with its tokens from `start` up to `end`."""
-        if not self.enabled:
+        if not self._has_part(request):
             return
         extend_hashes(request, self._block_size)
         for index in range(start // self._block_size, end // self._block_size):
@@ -92,6 +92,10 @@ class Prefixes:
         Also what it shared: that is where the cause may be. If it is not, it is computed again once.
         """
         self._blocks.withdraw(request.block_hashes)
+
+    def _has_part(self, request: Request) -> bool:
+        """A text to score finds nothing and leaves nothing: each of its tokens is computed, and nobody goes on from it."""
+        return self.enabled and request.task == "generate"
 
     def _most(self, request: Request) -> int:
         return request.num_skippable // self._block_size

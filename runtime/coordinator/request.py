@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ..config import Task
 from ..sampling_params import SamplingParams
 from .logits_rules import LogitsRules
 from .logprobs import LogprobTable, Place
@@ -37,6 +38,7 @@ class Request:
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of `sampling.bad_words`
+    task: Task = "generate"
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
     output_logprobs: list[Place] | None = None  # one an output token, when asked for
@@ -74,10 +76,11 @@ class Request:
         sampling: SamplingParams,
         job_seed: int = 0,
         bad_word_ids: tuple[tuple[int, ...], ...] = (),
+        task: Task = "generate",
     ) -> "Request":
         """A request whose seed is `sampling.seed`, or comes from `job_seed` and `request_id`."""
         seed = request_seed(sampling, job_seed, request_id)
-        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids)
+        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids, task)
 
     @property
     def num_tokens(self) -> int:
@@ -85,9 +88,25 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def num_made(self) -> int:
+        """What a progress bar counts: output tokens; of a text to score, tokens that sent plans ask for."""
+        return self.num_targets if self.task == "score" else len(self.output_token_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens to run through the model before one is sampled; of a text to score, all but the last."""
+        return self.num_tokens - (self.task == "score")
+
+    @property
+    def ids_to_compute(self) -> list[int]:
+        """These tokens."""
+        return (self.prompt_token_ids + self.output_token_ids)[: self.num_to_compute]
+
+    @property
     def num_prompt_top(self) -> int | None:
         """Most likely tokens wanted beside each one of the prompt; None: no log probabilities of the prompt."""
-        return self.sampling.prompt_logprobs
+        wanted = self.sampling.prompt_logprobs
+        return 0 if wanted is None and self.task == "score" else wanted
 
     @property
     def num_skippable(self) -> int:

@@ -27,7 +27,6 @@ from .plan_builder import PlanBuilder
 from .preemption import cheapest_victim
 from .prefixes import Prefixes
 from .request import Request
-from .scoring import take_targets
 from .sent_plan import SentPlan
 from .slot_table import SlotTable
 from .stats import CoordinatorStats
@@ -163,7 +162,8 @@ class Scheduler:
         slots = table.order
         is_back = (table.num_known[slots] > table.num_prefill[slots]) & (table.num_in_flight[slots] == 0)
         for slot in slots[is_back].tolist():
-            self._send_back(table.owners[slot])
+            if table.owners[slot].task == "generate":
+                self._send_back(table.owners[slot])
 
     def _continue_prefills(self, builder: PlanBuilder) -> None:
         table = self.slots
@@ -188,7 +188,7 @@ class Scheduler:
                 if self._prefixes.is_being_computed(request, len(found), self.slots, builder.chunk_slots):
                     passed.append(heapq.heappop(self._waiting))
                     continue
-                num_new = self.limits.num_blocks_for(request.num_tokens) - len(found)
+                num_new = self.limits.num_blocks_for(request.num_to_compute) - len(found)
                 # Some blocks stay free for rows that run, lest it be preempted at once.
                 reserve = max(self.blocks.num_usable // 100, 1) if self.slots.owners else 0
                 if num_new + reserve > self.blocks.num_free_beside(found):
@@ -206,7 +206,7 @@ class Scheduler:
         request.block_ids = found + self.blocks.allocate(num_new)
         num_cached = len(found) * self.limits.block_size
         slot = self.slots.open(request, self.limits.block_size, num_cached)
-        self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
+        self._prefills[slot] = np.array(request.ids_to_compute, np.int32)
         if request.admitted_s is None:
             request.admitted_s = now
             if self._prefixes.enabled and request.num_prompt_top is None:
@@ -222,8 +222,7 @@ class Scheduler:
         start = int(self.slots.num_computed[slot])
         end = min(start + builder.budget, len(token_ids))
         is_last = end == len(token_ids)
-        targets = take_targets(self.slots.owners[slot], start, end)
-        builder.add_chunk(slot, token_ids[start:end], samples=is_last, targets=targets)
+        builder.add_chunk(self.slots.owners[slot], token_ids, start, end)
         if is_last:
             del self._prefills[slot]
         return is_last
@@ -239,11 +238,9 @@ class Scheduler:
         for request, num_new in zip(requests[first:], plan.row_num_new_tokens[first:].tolist(), strict=True):
             end = int(table.num_computed[request.slot])
             self._prefixes.publish(request, end - num_new, end)
+        serials, num_targets = table.serial[slots], builder.num_targets
         self._sent.append(
-            SentPlan(
-                *(plan.step_id, first, slots, table.serial[slots], plan.row_samples, requests),
-                builder.num_targets,
-            )
+            SentPlan(plan.step_id, first, slots, serials, plan.row_samples, requests, num_targets)
         )
         self._next_step_id += 1
         stats = self._stats

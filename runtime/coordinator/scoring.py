@@ -4,6 +4,7 @@ Where the model has seen the tokens up to place p, its logits say how likely the
 token has no log probability, and a chunk's last token needs to know what the next chunk begins with.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,3 +44,33 @@ def prompt_places(request: Request) -> list[Place | None] | None:
     if request.num_prompt_top is None:
         return None
     return [None, *(place for table in request.prompt_logprobs for place in table.places())]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a text is, by the model's raw logits."""
+
+    num_tokens: int  # all but the first, which has no probability
+    logprob_sum: float
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(-logprob_sum / num_tokens); None where that is beyond a float's range."""
+        try:
+            return math.exp(-self.logprob_sum / self.num_tokens)
+        except OverflowError:
+            return None
+
+
+def is_scored(request: Request) -> bool:
+    """Whether each token of a text has its log probability; False for other requests."""
+    num_told = sum(len(table.ranks) for table in request.prompt_logprobs)
+    return request.task == "score" and num_told == len(request.prompt_token_ids) - 1
+
+
+def score_of(request: Request) -> Score | None:
+    """The score of a text; None before it is known, and for other requests."""
+    if not is_scored(request):
+        return None
+    logprobs = (logprob for table in request.prompt_logprobs for logprob in table.logprobs[:, 0].tolist())
+    return Score(len(request.prompt_token_ids) - 1, math.fsum(logprobs))

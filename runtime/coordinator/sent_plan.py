@@ -8,6 +8,7 @@ import numpy as np
 from .logprobs import LogprobTable
 from .plan import NO_TOKEN, Bool, Int32, StepResult
 from .request import Request
+from .scoring import is_scored
 from .slot_table import Int64
 
 NOT_FINITE = (
@@ -76,11 +77,13 @@ class SentPlan:
             start += count
 
     def ended_in_prompt(self, known: list[Request]) -> list[Request]:
-        """Requests beside `known` that end with what their chunks were told; after `hand_out`."""
+        """Requests beside `known` that end with what came of their chunks: texts, and errors; after `hand_out`."""
         return [
             request
             for request, _ in self._asked()
-            if request.status != "finished" and request.error is not None and request not in known
+            if request.status != "finished"
+            and (request.error is not None or is_scored(request))
+            and request not in known
         ]
 
     def _asked(self) -> Iterator[tuple[Request, int]]:

@@ -1,6 +1,7 @@
 """The Python API over a fake engine: shapes, order, errors, aborts."""
 
 import gc
+import math
 import signal
 import sys
 import threading
@@ -56,6 +57,21 @@ def test_log_probabilities_of_the_prompt() -> None:
     assert output.prompt_logprobs == [None, {ord("i"): Logprob(-0.5, 7, "i")}]
 
 
+def test_scores() -> None:
+    with LLM(model="m") as llm:
+        whole, ids = llm.score(["hey", {"prompt_token_ids": [1, 2]}], prompt_logprobs=2)
+        plain = llm.score("hey")[0]
+        assert engine_of(llm).coordinator.stats.num_output_tokens == 0
+        with pytest.raises(RequestError, match=r"prompts\[1\]: .*the text is one token"):
+            llm.score(["hey", "x"])
+    assert (whole.request_id, whole.prompt, whole.prompt_token_ids) == ("0", "hey", [104, 101, 121])
+    assert (whole.logprob_sum, whole.perplexity, whole.error) == (-1.0, math.exp(0.5), None)
+    likelier = {ord("x"): Logprob(-1.5, 1, "x"), ord("y"): Logprob(-2.5, 2, "y")}
+    assert whole.prompt_logprobs[:2] == [None, {ord("e"): Logprob(-0.5, 7, "e")} | likelier]
+    assert (ids.prompt, ids.logprob_sum) == (None, -0.5)
+    assert plain.prompt_logprobs == [None, *({ord(c): Logprob(-0.5, 7, c)} for c in "ey")]
+
+
 def test_results_come_in_the_order_of_the_prompts() -> None:
     params = [SamplingParams(temperature=0, max_tokens=count) for count in (5, 1, 3)]
     with LLM(model="m", scheduler={"max_num_seqs": 2}) as llm:
@@ -95,6 +111,7 @@ def test_the_defaults_come_from_the_settings() -> None:
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"input": {"path": "x"}}, "input belongs to a job file"),
         ({"launcher": "torchrun"}, "launcher=torchrun only runs job files"),
+        ({"task": "score"}, r"task belongs to a job file; call generate\(\), chat\(\) or score\(\)"),
     ],
 )
 def test_bad_settings_start_nothing(settings: dict[str, Any], message: str) -> None:

@@ -70,6 +70,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict, key: str, 
             {"sampling": {"prompt_logprobs": -1}},
             ["sampling.prompt_logprobs=-1", "greater than or equal to 0"],
         ),
+        ({"task": "rate"}, ["task='rate'", "'generate' or 'score'"]),
+        (
+            {"task": "score", "sampling": {"prompt_logprobs": 3, "top_p": 0.5}},
+            ["sampling.top_p=0.5 has no meaning with task: score; leave it out"],
+        ),
     ],
 )
 def test_a_bad_value_is_refused_by_name(values: dict, parts: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Log probabilities of prompts and answers against transformers' logits, at several sizes, through small chunks."""
 
+import math
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from kvshard.parallel.group import Group
 from kvshard.runtime.coordinator.logprobs import Place
 from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.request import Request
-from kvshard.runtime.coordinator.scoring import prompt_places
+from kvshard.runtime.coordinator.scoring import prompt_places, score_of
 from kvshard.runtime.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -81,6 +82,43 @@ def make_requests(num_top: int = 20, max_tokens: int = 6) -> list[Request]:
     return [Request.new(f"r{i}", prompt, sampling) for i, prompt in enumerate(PROMPTS)]
 
 
+def make_texts() -> list[Request]:
+    """The prompts that have more than one token, to be scored."""
+    sampling = SamplingParams(prompt_logprobs=5)
+    return [
+        Request.new(f"t{i}", prompt, sampling, task="score")
+        for i, prompt in enumerate(PROMPTS)
+        if len(prompt) > 1
+    ]
+
+
+def check_text(request: Request, model: Any) -> None:
+    """Against transformers' own loss, which is the mean over all tokens but the first."""
+    places, score = prompt_places(request), score_of(request)
+    assert places is not None
+    assert score is not None
+    text = request.prompt_token_ids
+    told = [place for place in places[1:] if place is not None]
+    check_places(told, log_softmax(model, text)[:-1], text[1:], 5)
+    with torch.inference_mode():
+        loss = model(torch.tensor([text]), labels=torch.tensor([text])).loss
+    mean = torch.tensor(-score.logprob_sum / score.num_tokens, dtype=torch.float32)
+    assert_within(mean, loss, "logits")
+    assert score.perplexity == pytest.approx(math.exp(mean), rel=1e-6)
+    assert request.output_token_ids == []
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache": {"enabled": False}}], ids=["cache", "no cache"])
+@pytest.mark.parametrize("num_blocks", [60, 9])
+def test_scores_equal_transformers_loss(
+    model: Any, path: Path, num_blocks: int, settings: dict[str, Any]
+) -> None:
+    coordinator = start(path, num_blocks, **settings)
+    for request in run_requests(coordinator, make_texts()):
+        check_text(request, model)
+    assert coordinator.stats.num_output_tokens == 0
+
+
 def test_prompts_and_answers_equal_transformers(model: Any, path: Path) -> None:
     """Steps of 8 tokens, and logits of 3 places at once, as many as the memory plan has room for."""
     coordinator = start(path)
@@ -97,9 +135,12 @@ def test_prompts_and_answers_equal_transformers(model: Any, path: Path) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_size_gives_the_same_lists(model: Any, path: Path, size: int) -> None:
     """20 most likely tokens, where a rank of three has no more than 14."""
-    first, *others = run_ranks(answer, size, path, make_requests(), 60)
+    first, *others = run_ranks(answer, size, path, [*make_requests(), *make_texts()], 60)
     for request in first:
-        check_request(request, model, 20)
+        if request.task == "score":
+            check_text(request, model)
+        else:
+            check_request(request, model, 20)
     for other in others:
         for request, same in zip(first, other, strict=True):
             assert prompt_places(request) == prompt_places(same)

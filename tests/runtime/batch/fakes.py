@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from kvshard.runtime.config import JobConfig
+from kvshard.runtime.config import JobConfig, Task
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.logprobs import LogprobTable
@@ -123,14 +123,16 @@ class FakeEngine:
         cls.prepare(engine)
         return engine
 
-    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def make_request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, task: Task = "generate"
+    ) -> Request:
         if isinstance(prompt, str):
             token_ids = [ord(character) for character in prompt]
         else:
             token_ids = [item if isinstance(item, int) else len(item["content"]) for item in prompt]
         if "\0" in str(prompt):
             raise RequestError("this prompt cannot be tokenised")
-        return Request.new(request_id, token_ids, sampling, self.config.seed)
+        return Request.new(request_id, token_ids, sampling, self.config.seed, task=task)
 
     def close(self) -> None:
         self.executor.close()

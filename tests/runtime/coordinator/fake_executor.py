@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from kvshard.runtime.config import Task
 from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
@@ -57,6 +58,8 @@ def expected_prompt(request: Request) -> list[tuple[int, float, int]]:
 
 def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tuple[list[int], str]:
     """(output tokens, finish reason) by definition, one token at a time; stop strings are left out."""
+    if request.task == "score":
+        return [], "length"
     sampling = request.sampling
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos))
     room = max_model_len - len(request.prompt_token_ids)
@@ -248,10 +251,12 @@ def make_tokens(name: str, count: int) -> list[int]:
     return tokens
 
 
-def make_request(name: str, num_prompt: int, prefix: list[int] | None = None, **sampling: object) -> Request:
+def make_request(
+    name: str, num_prompt: int, prefix: list[int] | None = None, task: Task = "generate", **sampling: object
+) -> Request:
     """A request whose prompt depends on its name behind `prefix`, as does its seed."""
     prompt = (prefix or []) + make_tokens(name, num_prompt - len(prefix or []))
-    return Request.new(name, prompt, SamplingParams.model_validate(sampling))
+    return Request.new(name, prompt, SamplingParams.model_validate(sampling), task=task)
 
 
 class Run:
