@@ -73,7 +73,7 @@ def page_logits(formats: tuple[CacheFormat, ...], dtype: torch.dtype) -> tuple[T
             device=CPU,
         )
         with torch.inference_mode():
-            logits[format] = decoder.forward(inputs, cache)
+            logits[format] = decoder.logits(decoder.forward(inputs, cache)[inputs.sample_tokens])
     return ids, logits
 
 

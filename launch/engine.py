@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..runtime.config import JobConfig
+from ..runtime.config import JobConfig, Task
 from ..runtime.coordinator.executor import Executor, ShardInfo
 from ..runtime.coordinator.launcher import Launcher
 from ..runtime.coordinator.limits import Limits
@@ -100,7 +100,9 @@ class Engine:
             started.pop_all()  # the engine's to close from here on
         return engine
 
-    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def make_request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, task: Task = "generate"
+    ) -> Request:
         """A request from a text, token ids, or chat messages.
 
         Raises RequestError when it cannot be tokenised, or names tokens that the model does not have.
@@ -109,10 +111,11 @@ class Engine:
         check_token_ids(sampling, vocab_size, request_id)
         return Request.new(
             request_id,
-            tokenize_prompt(self.tokenizer, vocab_size, request_id, prompt),
+            tokenize_prompt(self.tokenizer, vocab_size, request_id, prompt, for_answer=task == "generate"),
             sampling,
             self.config.seed,
             tokenize_bad_words(self.tokenizer, vocab_size, request_id, sampling.bad_words),
+            task,
         )
 
     def close(self) -> None:

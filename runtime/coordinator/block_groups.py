@@ -59,7 +59,7 @@ class BlockGroups:
         for manager, block_ids in zip(self.managers, found, strict=True):
             manager.share(_held(block_ids))  # before others are allocated, which could take them
         request.block_tables = found
-        num_entries = -(-request.num_tokens // self._block_size)
+        num_entries = -(-request.num_to_compute // self._block_size)
         for window, manager, block_ids in zip(self.windows, self.managers, found, strict=True):
             if window is None:
                 block_ids += manager.allocate(num_entries - len(block_ids))

@@ -5,6 +5,7 @@ sits across a border (half characters, the space that sentencepiece puts between
 window of earlier tokens is decoded along, as in Hugging Face's text-generation-inference.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how decoders show the first bytes of a character
@@ -17,6 +18,20 @@ class TokenDecoder(Protocol):
     """The part of a tokenizer that is needed here."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class TokenTexts:
+    """The text of single tokens, each decoded once: log probabilities name the same tokens over and over."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._decode([token_id])
+        return text
 
 
 class Detokenizer:

@@ -112,6 +112,8 @@ class Limits:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise RequestError(f"{name}: the prompt is empty; give it at least one token")
+        if request.task == "score":
+            return self._text_len(request, name)
         if num_prompt >= self.max_model_len:
             raise RequestError(
                 f"{name}: {num_prompt} prompt tokens leave no room for a new one, the most is "
@@ -130,3 +132,26 @@ class Limits:
                 f"{'lower max_tokens' if fits_prompt else 'shorten the prompt'} or raise cache.num_blocks"
             )
         return max_len
+
+    def _text_len(self, request: Request, name: str) -> int:
+        """The length of a text to score. Raises RequestError when it cannot be."""
+        for setting, value in request.sampling.only_to_generate.items():
+            raise RequestError(f"{name}: {setting}={value!r} has no meaning with task: score; leave it out")
+        num_tokens = len(request.prompt_token_ids)
+        if num_tokens == 1:
+            raise RequestError(
+                f"{name}: the text is one token, and the first token of a text has no probability; give it two"
+            )
+        if num_tokens > self.max_model_len:
+            raise RequestError(
+                f"{name}: the text has {num_tokens} tokens, the most is {self.max_model_len}; shorten it or raise "
+                "scheduler.max_model_len"
+            )
+        num_needed = self.num_blocks_needed(num_tokens - 1)  # the last token is never run through the model
+        if num_needed > self.num_blocks:
+            raise RequestError(
+                f"{name}: {num_tokens} tokens need {num_needed - 1} blocks of {self.block_size} tokens, the cache has "
+                f"{self.num_blocks - 1} (cache.num_blocks={self.num_blocks}, one is never used); shorten the text or "
+                "raise cache.num_blocks"
+            )
+        return num_tokens

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .logits_rules import LogitsRules
+from .logprobs import LogprobTable
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
-Float32 = npt.NDArray[np.float32]
 
 NO_TOKEN = -1  # in StepResult.token_ids: the row was not to sample, or its logits were not finite
 
@@ -30,7 +30,7 @@ class SlotSampling:
     top_p: float
     min_p: float
     seed: int  # 64 bits, unsigned
-    logprobs: bool
+    logprobs: int | None  # most likely tokens wanted beside the chosen one; None: no log probabilities
     stop_ids: tuple[int, ...]  # tokens suppressed while the new token's position is below stop_from
     stop_from: int  # first position in the sequence where an end token is allowed
     sample_index: int = 0  # which sample of its prompt this is: part of the noise's key, as the seed
@@ -60,6 +60,25 @@ class CopiedBlock(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Targets:
+    """Tokens of prompts whose log probabilities are wanted, [num_targets] each."""
+
+    places: Int32  # of the token before each, among the step's tokens
+    token_ids: Int32
+    num_top: int  # most likely tokens wanted beside each, by the row that wants most
+
+    def pack(self) -> tuple[bytes, bytes, int]:
+        """Values that msgpack takes."""
+        return _bytes(self.places), _bytes(self.token_ids), self.num_top
+
+    @classmethod
+    def unpack(cls, values: tuple[bytes, bytes, int]) -> "Targets":
+        """The inverse of `pack`."""
+        places, token_ids, num_top = values
+        return cls(_int32(places), _int32(token_ids), num_top)
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step. Shards apply it in this order: close, open, append blocks, copy blocks, run the rows.
 
@@ -82,6 +101,7 @@ class StepPlan:
     row_from_device: Bool  # [num_rows]
     row_samples: Bool  # [num_rows]
     token_ids: Int32  # [sum of the new tokens of rows not from the device]
+    targets: Targets | None = None  # row after row; None when no row wants any
 
     @property
     def num_rows(self) -> int:
@@ -99,12 +119,14 @@ class StepResult:
     epoch: int
     step_id: int
     token_ids: Int32  # [num_rows], or NO_TOKEN
-    logprobs: Float32 | None  # [num_rows], of the raw logits; None when no row asked
+    logprobs: LogprobTable | None  # of the rows that sample; None when no row asked
     forward_ms: float
+    prompt_logprobs: LogprobTable | None = None  # of the plan's targets; None without any
 
     def checksum(self) -> int:
-        """CRC-32 of the token ids: every rank must come to the same one."""
-        return zlib.crc32(self.token_ids.tobytes())
+        """CRC-32 of what was sampled and of the targets' ranks: every rank must come to the same one."""
+        ranks = b"" if self.prompt_logprobs is None else _bytes(self.prompt_logprobs.ranks)
+        return zlib.crc32(ranks, zlib.crc32(_bytes(self.token_ids)))
 
 
 def _bytes(array: npt.NDArray[np.generic]) -> bytes:
@@ -151,6 +173,7 @@ def encode_plan(plan: StepPlan) -> bytes:
             _bytes(plan.row_from_device),
             _bytes(plan.row_samples),
             _bytes(plan.token_ids),
+            None if plan.targets is None else plan.targets.pack(),
         )
     )
     return packed
@@ -171,6 +194,7 @@ def decode_plan(data: bytes) -> StepPlan:
         device,
         samples,
         tokens,
+        targets,
     ) = msgpack.unpackb(data, use_list=False)
     return StepPlan(
         epoch=epoch,
@@ -194,23 +218,26 @@ def decode_plan(data: bytes) -> StepPlan:
         row_from_device=np.frombuffer(device, np.bool_),
         row_samples=np.frombuffer(samples, np.bool_),
         token_ids=_int32(tokens),
+        targets=None if targets is None else Targets.unpack(targets),
     )
 
 
 def encode_result(result: StepResult) -> bytes:
-    logprobs = None if result.logprobs is None else _bytes(result.logprobs)
+    tables = [None if table is None else table.pack() for table in (result.logprobs, result.prompt_logprobs)]
     packed: bytes = msgpack.packb(
-        (result.epoch, result.step_id, _bytes(result.token_ids), logprobs, result.forward_ms)
+        (result.epoch, result.step_id, _bytes(result.token_ids), tables, result.forward_ms)
     )
     return packed
 
 
 def decode_result(data: bytes) -> StepResult:
-    epoch, step_id, token_ids, logprobs, forward_ms = msgpack.unpackb(data)
+    epoch, step_id, token_ids, tables, forward_ms = msgpack.unpackb(data)
+    logprobs, prompt_logprobs = (None if table is None else LogprobTable.unpack(table) for table in tables)
     return StepResult(
         epoch=epoch,
         step_id=step_id,
         token_ids=_int32(token_ids),
-        logprobs=None if logprobs is None else np.frombuffer(logprobs, np.float32),
+        logprobs=logprobs,
         forward_ms=forward_ms,
+        prompt_logprobs=prompt_logprobs,
     )

@@ -63,13 +63,19 @@ class Prefixes:
         self._block_size = limits.block_size
 
     def may_share(self, request: Request) -> bool:
-        """With all others, or with the other samples of its prompt alone."""
-        return self._limits.cache_enabled and (self._limits.prefix_caching or request.sampling.n > 1)
+        """With all others, or with the other samples of its prompt alone.
+
+        A text to score finds nothing and leaves nothing: each of its tokens is computed, and nobody goes on from it.
+        """
+        if not self._limits.cache_enabled or request.task == "score":
+            return False
+        return self._limits.prefix_caching or request.sampling.n > 1
 
     def find(self, request: Request) -> BlockTables:
         """The cached or used blocks that begin as `request` does, equally many entries in every group.
 
-        They leave out its last known token at least, since only what is computed has logits.
+        They leave out its last known token at least, since only what is computed has logits; and all but what is
+        behind it already where the log probabilities of its prompt are wanted.
         """
         if not self.may_share(request):
             return [[] for _ in self._blocks.managers]
@@ -127,7 +133,7 @@ class Prefixes:
     ) -> tuple[Request, int] | None:
         """Another sample of the same prompt, and the number of tokens up to which its block behind the `num_found`
         that were found is the same; None if there is none, or that block has nothing to copy."""
-        num_tokens = min(len(request.prompt_token_ids), request.num_tokens - 1)
+        num_tokens = min(len(request.prompt_token_ids), request.num_skippable)
         is_next = num_tokens // self._block_size == num_found and num_tokens % self._block_size > 0
         if request.sampling.n == 1 or not is_next or not self.may_share(request):
             return None
@@ -163,4 +169,4 @@ class Prefixes:
         extend_hashes(request, self._block_size, salt)
 
     def _most(self, request: Request) -> int:
-        return (request.num_tokens - 1) // self._block_size
+        return request.num_skippable // self._block_size

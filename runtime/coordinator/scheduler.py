@@ -115,7 +115,7 @@ class Scheduler:
         to_check = [sent.requests[row] for row in (*rows[may_end].tolist(), *preempted.tolist())]
         to_check = [request for request in to_check if request.status != "finished"]
         self._stats.num_dropped_tokens += sent.hand_out(result, now)
-        return to_check
+        return to_check + sent.ended_in_prompt(to_check)
 
     def _add_decodes(self, builder: PlanBuilder) -> None:
         """A row for every slot whose prompt is computed and that may have another token."""
@@ -160,7 +160,8 @@ class Scheduler:
         slots = table.order
         is_back = (table.num_known[slots] > table.num_prefill[slots]) & (table.num_in_flight[slots] == 0)
         for slot in slots[is_back].tolist():
-            self._send_back(table.owners[slot])
+            if table.owners[slot].task == "generate":
+                self._send_back(table.owners[slot])
 
     def _extend(self, builder: PlanBuilder, slot: int, num_tokens: int) -> None:
         """Bring a slot's block tables up to `num_tokens`, for which there is room."""
@@ -202,8 +203,10 @@ class Scheduler:
                 if self._prefixes.is_being_computed(request, num_found, self.slots, builder.chunk_slots):
                     passed.append(heapq.heappop(self._waiting))
                     continue
-                chunk_end = min(num_found * self.limits.block_size + builder.budget, request.num_tokens)
-                if not self.blocks.can_admit(request.num_tokens, chunk_end, found, bool(self.slots.owners)):
+                chunk_end = min(num_found * self.limits.block_size + builder.budget, request.num_to_compute)
+                if not self.blocks.can_admit(
+                    request.num_to_compute, chunk_end, found, bool(self.slots.owners)
+                ):
                     break
                 self._open(builder, request, found, now)
             heapq.heappop(self._waiting)
@@ -219,10 +222,10 @@ class Scheduler:
             sample, num_cached = copy
             builder.copied += self.blocks.extend_by_copy(request, sample, num_cached)
         slot = self.slots.open(request, num_cached)
-        self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
+        self._prefills[slot] = np.array(request.ids_to_compute, np.int32)
         if request.admitted_s is None:
             request.admitted_s = now
-            if self._prefixes.may_share(request):
+            if self._prefixes.may_share(request) and request.num_prompt_top is None:
                 self._stats.count_lookup(num_cached, len(request.prompt_token_ids))
         sampling = request.slot_sampling(self._eos_token_ids)
         block_ids = tuple(map(tuple, request.block_tables))
@@ -237,7 +240,7 @@ class Scheduler:
         assert end > start, "a chunk without tokens"
         self._extend(builder, slot, end)
         is_last = end == len(token_ids)
-        builder.add_chunk(slot, token_ids[start:end], samples=is_last)
+        builder.add_chunk(self.slots.owners[slot], token_ids, start, end)
         if is_last:
             del self._prefills[slot]
         return is_last
@@ -253,10 +256,9 @@ class Scheduler:
         for request, num_new in zip(requests[first:], plan.row_num_new_tokens[first:].tolist(), strict=True):
             end = int(table.num_computed[request.slot])
             self._prefixes.publish(request, end - num_new, end)
+        serials, num_targets = table.serial[slots], builder.num_targets
         self._sent.append(
-            SentPlan(
-                plan.step_id, builder.num_decodes, slots, table.serial[slots], plan.row_samples, requests
-            )
+            SentPlan(plan.step_id, first, slots, serials, plan.row_samples, requests, num_targets)
         )
         self._next_step_id += 1
         self._stats.count_plan(plan.num_tokens, builder.num_chunks, self.blocks.num_used_layer_blocks)

@@ -53,7 +53,8 @@ class SlotTable:
         """Give `request` a slot; its first `num_cached` tokens are computed and have blocks. The slot."""
         slot = self._free.pop()
         request.slot = slot
-        self.num_known[slot] = self.num_prefill[slot] = request.num_tokens
+        self.num_known[slot] = request.num_tokens
+        self.num_prefill[slot] = request.num_to_compute
         self.num_in_flight[slot] = 0
         self.num_computed[slot] = num_cached
         self.capacity[slot] = 0  # set once its tables have entries for its first chunk

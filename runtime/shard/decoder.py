@@ -76,7 +76,7 @@ class Decoder:
         ]
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        """Logits [S, V] in fp32 of the vocabulary rows of this rank, for the sampling rows."""
+        """What the LM head reads, [T, H]: the last layer's output, normed."""
         residual = self._embed(inputs.token_ids)  # [T, H]
         if self._embedding_scale is not None:
             residual *= self._embedding_scale
@@ -89,7 +89,11 @@ class Decoder:
             last = i + 1 == len(self._layers)
             norm = self._final_norm if last else self._layers[i + 1].attention_norm
             hidden = join(hidden, residual, layer.mlp_out_norm, norm, self._eps)
-        logits = self._lm_head(hidden[inputs.sample_tokens])
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of some of the rows that `forward` gave, [S, H]: [S, V] in fp32, of the vocabulary rows of this rank."""
+        logits = self._lm_head(hidden)
         cap = self._logit_soft_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 

@@ -20,7 +20,7 @@ from kvshard.runtime.shard.worker import Worker
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 GREEDY = SlotSampling(
-    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=False, stop_ids=(), stop_from=0
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=None, stop_ids=(), stop_from=0
 )
 
 
@@ -120,7 +120,8 @@ def trace_model(
         step_plan = plan(step, list(enumerate(part)), tables if step == 0 else {})
         with torch.inference_mode(), mock.patch.object(decoder, "join", recording):
             inputs = worker.slots.apply(step_plan)
-            logits = worker.decoder.forward(inputs, worker.cache)
+            hidden = worker.decoder.forward(inputs, worker.cache)
+            logits = worker.decoder.logits(hidden[inputs.sample_tokens])
         lengths = [len(ids) for ids in part]
         for layer, residual in enumerate(recorded[1::2]):  # the second sum of a layer ends it
             layers.setdefault(layer, []).append(list(residual.split(lengths)))

@@ -44,7 +44,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def sampling(**changes: float | LogitsRules) -> SlotSampling:
     values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "stop_from": 0}
-    return SlotSampling(**(values | {"logprobs": True, "stop_ids": (3,)} | changes))  # type: ignore[arg-type]
+    return SlotSampling(**(values | {"logprobs": 0, "stop_ids": (3,)} | changes))  # type: ignore[arg-type]
 
 
 def test_laying_out_a_step(copies: list[bool]) -> None:
@@ -74,7 +74,7 @@ def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sampling_ops._MODULES, "meta", ".cpu.sampling_torch")
     sampler = Sampler(Group.single(META), range(100), 100, 4, META)
     sampler.open(0, sampling(stop_from=9))
-    sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1))
+    sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, logprobs=7))
     sampler.open(2, sampling(temperature=1.0, top_p=0.5))
     logits = torch.empty(3, 100, device=META)
     with pytest.raises(RuntimeError):
@@ -82,6 +82,7 @@ def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     token_ids, logprobs = sampler.sample(logits, np.arange(3, dtype=np.int32), np.array([4, 4, 4]))
     assert token_ids.shape == (3,)
     assert logprobs is not None
+    assert logprobs.token_ids.shape == (3, 8)
     assert len(copies) == 3
     assert all(copies)
 

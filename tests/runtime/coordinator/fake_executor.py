@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from kvshard.runtime.config import Task
 from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import (
     NO_TOKEN,
@@ -20,12 +22,14 @@ from kvshard.runtime.coordinator.plan import (
     SlotSampling,
     StepPlan,
     StepResult,
+    Targets,
     decode_plan,
     decode_result,
     encode_plan,
     encode_result,
 )
 from kvshard.runtime.coordinator.request import Request
+from kvshard.runtime.coordinator.scoring import prompt_places
 from kvshard.runtime.models.spec import LayerGroup
 from kvshard.runtime.sampling_params import SamplingParams
 
@@ -48,6 +52,11 @@ def noise_key(seed: int, sample_index: int) -> int:
     return seed + 1000003 * sample_index
 
 
+def token_logprob(sequence: list[int], token_id: int, seed: int) -> float:
+    """The "log probability" of `token_id` after `sequence`."""
+    return -float(zlib.crc32(np.array([token_id, *sequence], np.int64).tobytes(), seed % 2**31) % 1000) / 100
+
+
 Windows = tuple[int | None, ...]  # of the layer groups
 
 
@@ -56,10 +65,21 @@ def seen(sequence: list[int], windows: Windows) -> list[int]:
     return [token for window in windows for token in sequence[0 if window is None else -window :]]
 
 
+def expected_prompt(request: Request, windows: Windows = (None,)) -> list[tuple[int, float, int]]:
+    """(token, log probability, rank) of each prompt token but the first."""
+    prompt, seed = request.prompt_token_ids, request.seed
+    return [
+        (prompt[at], token_logprob(seen(prompt[:at], windows), prompt[at], seed), 1)
+        for at in range(1, len(prompt))
+    ]
+
+
 def expected(
     request: Request, eos: tuple[int, ...], max_model_len: int, windows: Windows = (None,)
 ) -> tuple[list[int], str]:
     """(output tokens, finish reason) by definition, one token at a time; stop strings are left out."""
+    if request.task == "score":
+        return [], "length"
     sampling = request.sampling
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos))
     room = max_model_len - len(request.prompt_token_ids)
@@ -74,6 +94,13 @@ def expected(
             return output, "stop"
         if len(output) == most:
             return output, "length"
+
+
+def make_table(tokens: list[tuple[int, float]]) -> LogprobTable:
+    """Places where no other tokens are looked at."""
+    columns = np.array(tokens, np.float64).reshape(-1, 2, 1)
+    ones = np.ones((len(tokens), 1), np.int32)
+    return LogprobTable(columns[:, 0].astype(np.int32), columns[:, 1].astype(np.float32), ones)
 
 
 class _Slot:
@@ -180,6 +207,9 @@ class FakeShards:
     def _run_rows(self, plan: StepPlan) -> StepResult:
         tokens = plan.token_ids.tolist()
         results: list[tuple[int, float]] = []
+        written: list[
+            tuple[_Slot, int]
+        ] = []  # of each token of the step: its slot and its place in the sequence
         for index, slot_id in enumerate(plan.row_slots.tolist()):
             assert slot_id in self.slots, f"row of slot {slot_id}, which is not open"
             slot = self.slots[slot_id]
@@ -196,6 +226,7 @@ class FakeShards:
                 if slot.last_sampled is not None:
                     assert new == [slot.last_sampled], "not the token that was sampled"
             self._write(slot_id, slot, new)
+            written += [(slot, at) for at in range(slot.context_len - count, slot.context_len)]
             if plan.row_samples[index]:
                 results.append(self._sample(slot))
                 # A row without a token goes on with any, until the coordinator knows and closes it.
@@ -203,16 +234,20 @@ class FakeShards:
             else:
                 results.append((NO_TOKEN, 0.0))
         assert not tokens, "token ids left over in the plan"
-        token_ids, logprobs = zip(*results, strict=True)
-        return StepResult(
-            self.epoch, plan.step_id, np.array(token_ids, np.int32), np.array(logprobs, np.float32), 0.0
+        token_ids = np.array([token_id for token_id, _ in results], np.int32)
+        logprobs = make_table(
+            [place for place, samples in zip(results, plan.row_samples, strict=True) if samples]
         )
+        prompt_logprobs = None if plan.targets is None else self._score(plan.targets, written)
+        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, 0.0, prompt_logprobs)
 
     def _write(self, slot_id: int, slot: _Slot, new: list[int]) -> None:
         size = self.limits.block_size
         for group, (window, table) in enumerate(zip(self.windows, slot.tables, strict=True)):
             start = 0 if window is None else max(0, slot.context_len - window + 1)
-            assert POISON not in self._read(slot, group, start), "the first query sees what was never written"
+            assert POISON not in self._read(slot, group, start, slot.context_len), (
+                "the first query sees what was never written"
+            )
             for position, token in enumerate(new, slot.context_len):
                 table_index, offset = divmod(position, size)
                 assert table_index < len(table), "the block table is too short"
@@ -222,17 +257,33 @@ class FakeShards:
                 self.caches[group][block, offset] = token
         slot.context_len += len(new)
 
-    def _read(self, slot: _Slot, group: int, start: int) -> list[int]:
-        """What a layer group has of a slot's tokens from position `start` on."""
+    def _read(self, slot: _Slot, group: int, start: int, end: int) -> list[int]:
+        """What a layer group has of a slot's tokens from position `start` up to `end`."""
         first = start // self.limits.block_size
         tokens = self.caches[group][slot.tables[group][first:]].reshape(-1)
         held: list[int] = tokens[start - first * self.limits.block_size :].tolist()
-        return held[: slot.context_len - start]
+        return held[: end - start]
+
+    def _seen(self, slot: _Slot, length: int) -> list[int]:
+        """What the layer groups see of a slot's first `length` tokens, one after the other."""
+        starts = [0 if window is None else max(0, length - window) for window in self.windows]
+        sequence = [
+            token for group, start in enumerate(starts) for token in self._read(slot, group, start, length)
+        ]
+        assert POISON not in sequence, "a place is read that was never written"
+        return sequence
+
+    def _score(self, targets: Targets, written: list[tuple[_Slot, int]]) -> LogprobTable:
+        tokens = []
+        for place, token_id in zip(targets.places.tolist(), targets.token_ids.tolist(), strict=True):
+            slot, at = written[place]
+            sequence, seed = self._seen(slot, at + 1), slot.sampling.seed
+            broken = self.without_token(at + 1, seed)
+            tokens.append((token_id, np.nan if broken else token_logprob(sequence, token_id, seed)))
+        return make_table(tokens)
 
     def _sample(self, slot: _Slot) -> tuple[int, float]:
-        starts = [0 if window is None else max(0, slot.context_len - window) for window in self.windows]
-        sequence = [token for group, start in enumerate(starts) for token in self._read(slot, group, start)]
-        assert POISON not in sequence, "a place is read that was never written"
+        sequence = self._seen(slot, slot.context_len)
         sampling: SlotSampling = slot.sampling
         key = noise_key(sampling.seed, sampling.sample_index)
         if self.without_token(slot.context_len, key):
@@ -274,10 +325,12 @@ def make_tokens(name: str, count: int) -> list[int]:
     return tokens
 
 
-def make_request(name: str, num_prompt: int, prefix: list[int] | None = None, **sampling: object) -> Request:
+def make_request(
+    name: str, num_prompt: int, prefix: list[int] | None = None, task: Task = "generate", **sampling: object
+) -> Request:
     """A request whose prompt depends on its name behind `prefix`, as does its seed."""
     prompt = (prefix or []) + make_tokens(name, num_prompt - len(prefix or []))
-    return Request.new(name, prompt, SamplingParams.model_validate(sampling))
+    return Request.new(name, prompt, SamplingParams.model_validate(sampling), task=task)
 
 
 class Run:
@@ -328,3 +381,18 @@ class Run:
             output, reason = expected(request, self.eos, self.limits.max_model_len, self.shards.windows)
             assert request.status == "finished"
             assert (request.output_token_ids, request.finish_reason) == (output, reason), request.request_id
+            assert_prompt_as_expected(request, self.shards.windows)
+
+
+def assert_prompt_as_expected(request: Request, windows: Windows = (None,)) -> None:
+    """Every prompt token was told about once, or the first ones of a request that did not end well."""
+    places = prompt_places(request)
+    if places is None:
+        assert not request.prompt_logprobs
+        return
+    got = [token for place in places[1:] for token in place or ()]
+    whole = expected_prompt(request, windows)
+    assert len(got) == len(whole) or request.finish_reason in ("abort", "error")
+    for token, wanted in zip(got, whole, strict=False):
+        assert (token.token_id, token.rank) == (wanted[0], wanted[2])
+        assert abs(token.logprob - wanted[1]) < 1e-5 or request.finish_reason == "error"

@@ -48,6 +48,8 @@ def _prefix(fake: ModuleType, chance: random.Random, rows: list[Any]) -> list[in
 def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]) -> Any:
     max_tokens = chance.choice([1, 2, 7, 20, None])
     prefix = _prefix(fake, chance, rows)
+    if chance.random() < 0.15:
+        return fake.make_request(name, len(prefix) + chance.randrange(2, 5), prefix, task="score")
     return fake.make_request(
         name,
         n=chance.choice([1, 1, 1, 3]),
@@ -58,6 +60,7 @@ def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]
         stop_token_ids=chance.sample(range(97), chance.choice([0, 0, 4])),
         ignore_eos=chance.random() < 0.3,
         seed=chance.choice([None, 3]),
+        prompt_logprobs=chance.choice([None, None, None, 0, 2]),
     )
 
 
@@ -96,13 +99,26 @@ def test_walk(fake: ModuleType, first_seed: int) -> None:
         for row in aborted + failed:
             whole, _ = fake.expected(row, run.eos, run.limits.max_model_len, run.shards.windows)
             assert row.output_token_ids == whole[: len(row.output_token_ids)]
+            fake.assert_prompt_as_expected(row, run.shards.windows)
         for row in failed:
             assert row.num_tokens == max(fails_at[row.seed], len(row.prompt_token_ids))
+        counts["scored"] += sum(row.task == "score" for row in run.finished)
+        counts["scored after a preemption"] += sum(
+            row.task == "score" and row.num_preemptions > 0 for row in run.finished
+        )
         stats = run.coordinator.stats
         counts["aborted"] += len(aborted)
         counts["failed"] += len(failed)
         counts["preempted"] += stats.num_preemptions
         counts["dropped"] += stats.num_dropped_tokens
         counts["found"] += stats.num_cached_prompt_tokens
-    for what in ("aborted", "failed", "preempted", "dropped", "found", "evicted with plans in flight"):
+    for what in (
+        "aborted",
+        "failed",
+        "preempted",
+        "dropped",
+        "found",
+        "evicted with plans in flight",
+        "scored",
+    ):
         assert counts[what] > 0, what
