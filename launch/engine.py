@@ -44,7 +44,12 @@ class Engine:
         self.shards = shards
         self.coordinator = Coordinator(
             executor,
-            Limits.from_config(config, num_blocks=plan.num_blocks, max_model_len=plan.max_model_len),
+            Limits.from_config(
+                config,
+                num_blocks=plan.num_blocks,
+                max_model_len=plan.max_model_len,
+                layer_groups=spec.layer_groups,
+            ),
             eos_token_ids=spec.eos_token_ids,
             tokenizer=tokenizer,
         )

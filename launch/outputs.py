@@ -1,10 +1,12 @@
 """What the Python API returns: shaped like vLLM's outputs."""
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..runtime.coordinator.logprobs import Place
 from ..runtime.coordinator.request import Request
+from ..runtime.coordinator.samples import Samples
 from ..runtime.coordinator.scoring import prompt_places, score_of
 from ..runtime.models.prompt import Prompt
 
@@ -35,7 +37,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Where a request's time went; times are readings of one clock, in seconds."""
+    """Where a prompt's time went; times are readings of one clock, in seconds.
+
+    With n above 1: the first of its samples to be admitted and to have a token, the last to end, the mean of their
+    tpot_ms and all their preemptions.
+    """
 
     arrived_s: float | None
     admitted_s: float | None
@@ -48,15 +54,16 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One prompt with its answer."""
+    """One prompt with its answers."""
 
     request_id: str
+    prompt_index: int  # its place among the prompts of the call
     prompt: str | None  # None for token ids and chats
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None  # like an answer's; None for the first token
-    outputs: list[CompletionOutput]  # always one
+    outputs: list[CompletionOutput]  # SamplingParams.n, in the order of their index
     finished: bool
-    error: str | None  # why the model gave no answer, as when its logits were not finite
+    error: str | None  # why the model gave no answer (for n above 1: not all), as when logits are not finite
     metrics: RequestMetrics
 
 
@@ -91,11 +98,28 @@ def score_output(request: Request, prompt: Prompt, text_of: Callable[[int], str]
     )
 
 
-def request_output(request: Request, prompt: Prompt, text_of: Callable[[int], str]) -> RequestOutput:
-    """What `generate` returns for a finished request; `text_of` gives the text of a token."""
+def request_output(
+    samples: Samples, prompt: Prompt, index: int, text_of: Callable[[int], str]
+) -> RequestOutput:
+    """What `generate` returns for a prompt, number `index` of its call; `text_of` gives the text of a token."""
+    requests = samples.requests
+    return RequestOutput(
+        request_id=samples.request_id,
+        prompt_index=index,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=requests[0].prompt_token_ids,
+        prompt_logprobs=_prompt_logprobs(requests[0], text_of),
+        outputs=[_answer(request, text_of) for request in requests],
+        finished=True,
+        error=samples.error,
+        metrics=_metrics(requests),
+    )
+
+
+def _answer(request: Request, text_of: Callable[[int], str]) -> CompletionOutput:
     places = request.output_logprobs
-    answer = CompletionOutput(
-        index=0,
+    return CompletionOutput(
+        index=request.sample_index,
         text=request.text,
         token_ids=request.output_token_ids,
         cumulative_logprob=None if places is None else sum(place[0].logprob for place in places),
@@ -103,23 +127,21 @@ def request_output(request: Request, prompt: Prompt, text_of: Callable[[int], st
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
     )
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=request.prompt_token_ids,
-        prompt_logprobs=_prompt_logprobs(request, text_of),
-        outputs=[answer],
-        finished=True,
-        error=request.error,
-        metrics=RequestMetrics(
-            arrived_s=request.arrived_s,
-            admitted_s=request.admitted_s,
-            first_token_s=request.first_token_s,
-            finished_s=request.finished_s,
-            ttft_ms=request.ttft_ms,
-            tpot_ms=request.tpot_ms,
-            num_preemptions=request.num_preemptions,
-        ),
+
+
+def _metrics(requests: list[Request]) -> RequestMetrics:
+    admitted = [request.admitted_s for request in requests if request.admitted_s is not None]
+    first_tokens = [request.first_token_s for request in requests if request.first_token_s is not None]
+    finished = [request.finished_s for request in requests if request.finished_s is not None]
+    tpots_ms = [request.tpot_ms for request in requests if request.tpot_ms is not None]
+    return RequestMetrics(
+        arrived_s=requests[0].arrived_s,
+        admitted_s=min(admitted, default=None),
+        first_token_s=min(first_tokens, default=None),
+        finished_s=max(finished, default=None),
+        ttft_ms=(min(first_tokens) - min(admitted)) * 1e3 if first_tokens else None,
+        tpot_ms=statistics.fmean(tpots_ms) if tpots_ms else None,
+        num_preemptions=sum(request.num_preemptions for request in requests),
     )
 
 

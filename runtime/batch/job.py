@@ -12,6 +12,7 @@ from ..config import JobConfig, Task
 from ..coordinator.detokenizer import TokenTexts
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
+from ..coordinator.samples import Samples
 from ..coordinator.stats import CoordinatorStats
 from ..errors import RequestError
 from ..models.prompt import Prompt
@@ -84,7 +85,7 @@ def run_batch(
     config = engine.config
     summary = BatchSummary(output.path, config.task)
     waiting_target = config.scheduler.max_num_seqs
-    running: dict[str, tuple[Row, Request]] = {}
+    running: dict[str, tuple[Row, Samples]] = {}
     coordinator = engine.coordinator
     text_of = TokenTexts(engine.tokenizer.decode)
     started_s = shown_s = time.monotonic()
@@ -100,23 +101,28 @@ def run_batch(
         if isinstance(item, _Failure):
             return fail(item)
         row, request = item
+        samples = Samples(request)
         try:
-            coordinator.add(request)
+            for request in samples.requests:  # alike: what can never run fails with the first
+                coordinator.add(request)
         except RequestError as error:
             return fail(_Failure(row.row_id, "invalid_request", str(error)))
-        running[row.row_id] = item
+        running[row.row_id] = row, samples
 
     def finish(request: Request) -> None:
-        row, _ = running.pop(request.request_id)
-        if request.error is not None:
-            output.write(error_line(row.row_id, "system_error", "request_failed", request.error))
+        row, samples = running[request.request_id]
+        if not samples.end_one():
+            return
+        del running[request.request_id]
+        if samples.error is not None:
+            output.write(error_line(row.row_id, "system_error", "request_failed", samples.error))
             summary.num_failed += 1
         else:
-            output.write(answer_line(row, request, config.model, text_of))
-            summary.add(request)
+            output.write(answer_line(row, samples.requests, config.model, text_of))
+            summary.add(samples.requests)
 
     def show() -> None:
-        num_tokens = summary.num_tokens + sum(request.num_made for _, request in running.values())
+        num_tokens = summary.num_tokens + sum(samples.num_made for _, samples in running.values())
         progress.update(summary.num_ok + summary.num_failed, summary.num_failed, num_tokens)
 
     with _Feeder(rows, output.done, make_request, 2 * waiting_target) as feeder:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ..coordinator.logprobs import Place
@@ -19,9 +19,9 @@ TokenText = Callable[[int], str]
 """The text of one token."""
 
 
-def answer_line(row: Row, request: Request, model: str, text_of: TokenText) -> bytes:
-    """The line of a request that finished."""
-    body = _body(row, request, model, text_of)
+def answer_line(row: Row, requests: Sequence[Request], model: str, text_of: TokenText) -> bytes:
+    """The line of a row whose samples have finished: a choice for each, or the score of a text."""
+    body = _body(row, requests, model, text_of)
     return _line(row.row_id, {"status_code": 200, "request_id": row.row_id, "body": body}, None)
 
 
@@ -30,11 +30,8 @@ def error_line(row_id: str, kind: Literal["input_error", "system_error"], code: 
     return _line(row_id, None, {"code": code, "message": message, "type": kind})
 
 
-def _body(row: Row, request: Request, model: str, text_of: TokenText) -> dict[str, Any]:
-    if request.task == "score":
-        return _score(row, request, model, text_of)
-    num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
-    choice: dict[str, Any] = {"index": 0}
+def _choice(row: Row, request: Request, text_of: TokenText) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": request.sample_index}
     if row.is_chat:
         choice["message"] = {"role": "assistant", "content": request.text}
     else:
@@ -45,13 +42,21 @@ def _body(row: Row, request: Request, model: str, text_of: TokenText) -> dict[st
     choice["logprobs"] = None
     if request.output_logprobs is not None:
         choice["logprobs"] = _logprobs(row, request.output_logprobs, text_of)
+    return choice
+
+
+def _body(row: Row, requests: Sequence[Request], model: str, text_of: TokenText) -> dict[str, Any]:
+    if requests[0].task == "score":
+        return _score(row, requests[0], model, text_of)
+    num_prompt = len(requests[0].prompt_token_ids)  # once: they share it
+    num_output = sum(len(request.output_token_ids) for request in requests)
     return {
         "id": ("chatcmpl-" if row.is_chat else "cmpl-") + _digest(row.row_id),
         "object": "chat.completion" if row.is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [choice],
-        "prompt_logprobs": _prompt_logprobs(request, text_of),
+        "choices": [_choice(row, request, text_of) for request in requests],
+        "prompt_logprobs": _prompt_logprobs(requests[0], text_of),
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

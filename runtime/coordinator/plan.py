@@ -6,6 +6,7 @@ Every rank receives the same bytes, so no two ranks can run different batches.
 
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
@@ -32,6 +33,7 @@ class SlotSampling:
     logprobs: int | None  # most likely tokens wanted beside the chosen one; None: no log probabilities
     stop_ids: tuple[int, ...]  # tokens suppressed while the new token's position is below stop_from
     stop_from: int  # first position in the sequence where an end token is allowed
+    sample_index: int = 0  # which sample of its prompt this is: part of the noise's key, as the seed
     rules: LogitsRules | None = None  # None: the logits are used as they are
 
     @property
@@ -45,8 +47,16 @@ class OpenedSlot:
 
     slot: int
     context_len: int  # tokens whose K and V are in its blocks already
-    block_ids: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]  # by layer group, in token order; 0 where its window has passed
     sampling: SlotSampling
+
+
+class CopiedBlock(NamedTuple):
+    """A block that begins as another one of its layer group does."""
+
+    group: int
+    source: int
+    target: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step. Shards apply it in this order: close, open, append blocks, run the rows.
+    """One step. Shards apply it in this order: close, open, append blocks, copy blocks, run the rows.
 
     Row r adds `row_num_new_tokens[r]` tokens to slot `row_slots[r]`. Its inputs are the slot's
     last sampled token, which only the device may know yet, when `row_from_device[r]` (then it is
@@ -83,7 +93,9 @@ class StepPlan:
     closed_slots: Int32  # [num_closed]
     opened: tuple[OpenedSlot, ...]
     appended_slots: Int32  # [num_appended], one entry a block, in table order
+    appended_groups: Int32  # [num_appended], the layer group whose table it goes to
     appended_blocks: Int32  # [num_appended]
+    copied: tuple[CopiedBlock, ...]
     row_slots: Int32  # [num_rows]
     row_num_new_tokens: Int32  # [num_rows]
     row_from_device: Bool  # [num_rows]
@@ -130,7 +142,7 @@ def encode_plan(plan: StepPlan) -> bytes:
         (
             slot.slot,
             slot.context_len,
-            np.asarray(slot.block_ids, np.int32).tobytes(),
+            tuple(np.asarray(block_ids, np.int32).tobytes() for block_ids in slot.block_ids),
             (
                 slot.sampling.temperature,
                 slot.sampling.top_k,
@@ -140,6 +152,7 @@ def encode_plan(plan: StepPlan) -> bytes:
                 slot.sampling.logprobs,
                 slot.sampling.stop_ids,
                 slot.sampling.stop_from,
+                slot.sampling.sample_index,
                 None if slot.sampling.rules is None else slot.sampling.rules.pack(),
             ),
         )
@@ -152,7 +165,9 @@ def encode_plan(plan: StepPlan) -> bytes:
             opened,
             _bytes(plan.closed_slots),
             _bytes(plan.appended_slots),
+            _bytes(plan.appended_groups),
             _bytes(plan.appended_blocks),
+            plan.copied,
             _bytes(plan.row_slots),
             _bytes(plan.row_num_new_tokens),
             _bytes(plan.row_from_device),
@@ -165,8 +180,8 @@ def encode_plan(plan: StepPlan) -> bytes:
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    *most, targets = msgpack.unpackb(data, use_list=False)
-    epoch, step_id, opened, closed, app_slots, app_blocks, slots, new_tokens, device, samples, tokens = most
+    *head, slots, new_tokens, device, samples, tokens, targets = msgpack.unpackb(data, use_list=False)
+    epoch, step_id, opened, closed, appended_slots, appended_groups, appended_blocks, copied = head
     return StepPlan(
         epoch=epoch,
         step_id=step_id,
@@ -175,13 +190,15 @@ def decode_plan(data: bytes) -> StepPlan:
             OpenedSlot(
                 slot=slot,
                 context_len=context_len,
-                block_ids=tuple(_int32(blocks).tolist()),
+                block_ids=tuple(tuple(_int32(block_ids).tolist()) for block_ids in tables),
                 sampling=SlotSampling(*(*sampling, None if rules is None else LogitsRules.unpack(rules))),
             )
-            for slot, context_len, blocks, (*sampling, rules) in opened
+            for slot, context_len, tables, (*sampling, rules) in opened
         ),
-        appended_slots=_int32(app_slots),
-        appended_blocks=_int32(app_blocks),
+        appended_slots=_int32(appended_slots),
+        appended_groups=_int32(appended_groups),
+        appended_blocks=_int32(appended_blocks),
+        copied=tuple(CopiedBlock(*block) for block in copied),
         row_slots=_int32(slots),
         row_num_new_tokens=_int32(new_tokens),
         row_from_device=np.frombuffer(device, np.bool_),

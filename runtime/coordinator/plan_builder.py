@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .plan import Bool, Int32, OpenedSlot, StepPlan, Targets
+from .plan import Bool, CopiedBlock, Int32, OpenedSlot, StepPlan, Targets
 from .request import Request
 from .scoring import ChunkTargets, take_targets
 
@@ -12,7 +12,8 @@ class PlanBuilder:
 
     def __init__(self, max_num_tokens: int) -> None:
         self.budget = max_num_tokens  # tokens that may still be added
-        self.appended: list[tuple[int, int]] = []  # (slot, block)
+        self.appended: list[tuple[int, int, int]] = []  # (slot, layer group, block)
+        self.copied: list[CopiedBlock] = []
         self.opened: list[OpenedSlot] = []
         self._decode_slots = np.empty(0, np.int32)
         self._decode_from_device = np.empty(0, np.bool_)
@@ -57,7 +58,7 @@ class PlanBuilder:
         if num_decodes + num_chunks == 0:
             assert not self.appended, "blocks are appended to a row that does not run"
             return None
-        appended = np.array(self.appended, np.int32).reshape(-1, 2)
+        appended = np.array(self.appended, np.int32).reshape(-1, 3)
         chunk_slots = np.array([slot for slot, _, _ in self._chunks], np.int32)
         chunk_sizes = np.array([len(token_ids) for _, token_ids, _ in self._chunks], np.int32)
         chunk_samples = np.array([samples for _, _, samples in self._chunks], np.bool_)
@@ -67,7 +68,9 @@ class PlanBuilder:
             closed_slots=np.array(closed, np.int32),
             opened=tuple(self.opened),
             appended_slots=np.ascontiguousarray(appended[:, 0]),
-            appended_blocks=np.ascontiguousarray(appended[:, 1]),
+            appended_groups=np.ascontiguousarray(appended[:, 1]),
+            appended_blocks=np.ascontiguousarray(appended[:, 2]),
+            copied=tuple(self.copied),
             row_slots=np.concatenate([self._decode_slots, chunk_slots]),
             row_num_new_tokens=np.concatenate([np.ones(num_decodes, np.int32), chunk_sizes]),
             row_from_device=np.concatenate([self._decode_from_device, np.zeros(num_chunks, np.bool_)]),

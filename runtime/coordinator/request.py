@@ -38,6 +38,7 @@ class Request:
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of `sampling.bad_words`
+    sample_index: int = 0  # which of the `sampling.n` requests with this id and prompt
     task: Task = "generate"
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
@@ -53,7 +54,7 @@ class Request:
     arrival: int = -1  # place in the order of arrival
     max_len: int = 0  # most tokens, prompt and output; set when added
     slot: int = -1
-    block_ids: list[int] = field(default_factory=list)  # in token order
+    block_tables: list[list[int]] = field(default_factory=list)  # by layer group; see block_groups.py
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks of tokens; see prefixes.py
     last_step_id: int = -1  # last plan sent that it was part of; kept up while it has no slot
     num_preemptions: int = 0
@@ -80,7 +81,13 @@ class Request:
     ) -> "Request":
         """A request whose seed is `sampling.seed`, or comes from `job_seed` and `request_id`."""
         seed = request_seed(sampling, job_seed, request_id)
-        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids, task)
+        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids, task=task)
+
+    def sample(self, index: int) -> "Request":
+        """A new request for another sample of the same prompt."""
+        return Request(
+            self.request_id, self.prompt_token_ids, self.sampling, self.seed, self.bad_word_ids, index
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -104,8 +111,11 @@ class Request:
 
     @property
     def num_prompt_top(self) -> int | None:
-        """Most likely tokens wanted beside each one of the prompt; None: no log probabilities of the prompt."""
-        wanted = self.sampling.prompt_logprobs
+        """Most likely tokens wanted beside each one of the prompt; None: no log probabilities of the prompt.
+
+        Of several samples of a prompt the first one gets them.
+        """
+        wanted = self.sampling.prompt_logprobs if self.sample_index == 0 else None
         return 0 if wanted is None and self.task == "score" else wanted
 
     @property
@@ -144,6 +154,7 @@ class Request:
             logprobs=sampling.logprobs,
             stop_ids=stop_ids,
             stop_from=len(self.prompt_token_ids) + sampling.min_tokens,
+            sample_index=self.sample_index,
             rules=self._logits_rules(),
         )
 

@@ -52,20 +52,21 @@ class BatchSummary:
     shards: list[ShardUse] = field(default_factory=list)
     scheduler: CoordinatorStats = field(default_factory=CoordinatorStats)
 
-    def add(self, request: Request) -> None:
-        """Count one answered request."""
+    def add(self, requests: Sequence[Request]) -> None:
+        """Count one answered row: the samples of one prompt."""
         self.num_ok += 1
-        self.num_prompt_tokens += len(request.prompt_token_ids)
-        self.num_output_tokens += len(request.output_token_ids)
-        if (score := score_of(request)) is not None:
+        self.num_prompt_tokens += len(requests[0].prompt_token_ids)
+        if (score := score_of(requests[0])) is not None:
             self.num_scored_tokens += score.num_tokens
             self.logprob_sum += score.logprob_sum
-        if request.ttft_ms is not None:
-            self.ttft_ms.append(request.ttft_ms)
-        if request.tpot_ms is not None:
-            self.tpot_ms.append(request.tpot_ms)
-        if self.sample is None and request.text.strip():
-            self.sample = (request.request_id, request.text.strip())
+        for request in requests:
+            self.num_output_tokens += len(request.output_token_ids)
+            if request.ttft_ms is not None:
+                self.ttft_ms.append(request.ttft_ms)
+            if request.tpot_ms is not None:
+                self.tpot_ms.append(request.tpot_ms)
+            if self.sample is None and request.text.strip():
+                self.sample = (request.request_id, request.text.strip())
 
     def add_engine(
         self, infos: Sequence[ShardInfo], health: Sequence[ShardHealth], stats: CoordinatorStats
@@ -77,7 +78,7 @@ class BatchSummary:
             ShardUse(
                 info,
                 peaks.get(info.rank),
-                info.kv_bytes * stats.peak_used_blocks // info.num_blocks if info.num_blocks else None,
+                info.kv_bytes * stats.peak_used_layer_blocks // info.num_layer_blocks,
             )
             for info in infos
         ]

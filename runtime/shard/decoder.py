@@ -42,6 +42,7 @@ class DecoderLayer:
     down: RowParallelLinear  # [H, I]
     mlp_out_norm: Tensor | None  # [H]
     window: int | None  # positions a query sees
+    group: int  # of layers with this window
     cos_sin: Tensor  # [max_positions, rotary_dim]
 
 
@@ -116,7 +117,7 @@ class Decoder:
             layer.cos_sin,
             inputs.positions,
             kv,
-            inputs.slot_mapping,
+            inputs.slot_mappings[layer.group],
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=self._eps,
@@ -124,7 +125,7 @@ class Decoder:
         out = ops.paged_attention(
             q,
             kv,
-            inputs.attention,
+            inputs.attention[layer.group],
             heads,
             self._scale,
             window=layer.window,
@@ -172,6 +173,7 @@ def _layer(
         down=RowParallelLinear(weights[name + "down"], group, f"layer {index} down_proj"),
         mlp_out_norm=weights.get(name + "mlp_out_norm"),
         window=spec.layer_windows[index],
+        group=spec.layer_group(index),
         cos_sin=cos_sin,
     )
 

@@ -11,6 +11,7 @@ from ...kernels.host import to_device
 from ...parallel.group import Group
 from ...parallel.shard_map import ShardMap
 from ..config import JobConfig
+from ..coordinator.limits import Limits
 from ..coordinator.logprobs import LogprobTable
 from ..coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult, Targets
 from ..models.checkpoint import Checkpoint
@@ -49,18 +50,23 @@ class Worker:
         self.decoder = Decoder(self.spec, self.shard, weights, group, max_model_len)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache and the slots; plans may be run from here on."""
+        """Make the KV cache and the slots; plans may be run from here on. num_blocks: see `Limits`."""
         cache, scheduler = self._config.cache, self._config.scheduler
+        groups = self.spec.layer_groups
+        limits = Limits.from_config(
+            self._config, num_blocks=num_blocks, max_model_len=self._max_model_len, layer_groups=groups
+        )
         self.cache = KVCache(
             self.spec,
             self.shard,
-            num_blocks=num_blocks,
+            group_blocks=limits.group_blocks,
             block_size=cache.block_size,
             format=cache.dtype,
             dtype=self._dtype,
             device=self.device,
         )
         self.slots = Slots(
+            num_groups=len(groups),
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self._max_model_len,
             block_size=cache.block_size,
@@ -77,6 +83,8 @@ class Worker:
         inputs = self.slots.apply(plan)
         for opened in plan.opened:
             self._sampler.open(opened.slot, opened.sampling)
+        if plan.copied:
+            self.cache.copy(plan.copied)
         hidden = self.decoder.forward(inputs, self.cache)
         pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
         if plan.targets is not None:

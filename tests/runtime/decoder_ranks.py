@@ -46,15 +46,20 @@ def make_worker(path: Path, group: Group, poison: bool = True, cache_dtype: str 
     return worker
 
 
-def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, tuple[int, ...]]) -> StepPlan:
+Tables = tuple[tuple[int, ...], ...]  # by layer group
+
+
+def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, Tables]) -> StepPlan:
     """Rows of (slot, token ids); every row samples. `opened` gives new slots their blocks."""
     return StepPlan(
         epoch=0,
         step_id=step_id,
         closed_slots=np.array([], np.int32),
-        opened=tuple(OpenedSlot(slot, 0, blocks, GREEDY) for slot, blocks in opened.items()),
+        opened=tuple(OpenedSlot(slot, 0, tables, GREEDY) for slot, tables in opened.items()),
         appended_slots=np.array([], np.int32),
+        appended_groups=np.array([], np.int32),
         appended_blocks=np.array([], np.int32),
+        copied=(),
         row_slots=np.array([slot for slot, _ in rows], np.int32),
         row_num_new_tokens=np.array([len(ids) for _, ids in rows], np.int32),
         row_from_device=np.zeros(len(rows), np.bool_),
@@ -93,9 +98,11 @@ def trace_model(
     """
     worker = make_worker(path, group, cache_dtype=cache_dtype)
     # Block ids in no order, so that a table that is not followed shows.
-    free = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS)).tolist()
+    chance = np.random.default_rng(0)
+    free = [chance.permutation(np.arange(1, num)).tolist() for num in worker.cache.group_blocks]
     tables = {
-        i: tuple(free.pop() for _ in range(-(-len(ids) // BLOCK_SIZE))) for i, ids in enumerate(prompts)
+        i: tuple(tuple(ids.pop() for _ in range(-(-len(prompt) // BLOCK_SIZE))) for ids in free)
+        for i, prompt in enumerate(prompts)
     }
     layers: dict[int, list[list[torch.Tensor]]] = {}
     recorded: list[torch.Tensor] = []

@@ -48,14 +48,16 @@ def sampling(**changes: float | LogitsRules) -> SlotSampling:
 
 
 def test_laying_out_a_step(copies: list[bool]) -> None:
-    slots = Slots(max_num_seqs=4, max_model_len=64, block_size=4, device=META)
+    slots = Slots(num_groups=2, max_num_seqs=4, max_model_len=64, block_size=4, device=META)
     plan = StepPlan(
         epoch=0,
         step_id=0,
         closed_slots=np.array([], np.int32),
-        opened=(OpenedSlot(0, 0, (3, 4), sampling()), OpenedSlot(2, 0, (7,), sampling())),
-        appended_slots=np.array([], np.int32),
-        appended_blocks=np.array([], np.int32),
+        opened=(OpenedSlot(0, 0, ((3, 4), ()), sampling()), OpenedSlot(2, 0, ((7,), (5,)), sampling())),
+        appended_slots=np.array([0, 0], np.int32),
+        appended_groups=np.array([1, 1], np.int32),
+        appended_blocks=np.array([1, 2], np.int32),
+        copied=(),
         row_slots=np.array([0, 2], np.int32),
         row_num_new_tokens=np.array([5, 1], np.int32),
         row_from_device=np.array([False, True]),

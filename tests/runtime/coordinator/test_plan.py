@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.plan import (
+    CopiedBlock,
     OpenedSlot,
     SlotSampling,
     StepPlan,
@@ -59,13 +60,14 @@ samplings = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     stop_ids=st.lists(int32, max_size=3).map(tuple),
     stop_from=st.integers(0, 2**31 - 1),
+    sample_index=st.integers(0, 2**31 - 1),
     rules=st.none() | rules,
 )
 opened = st.builds(
     OpenedSlot,
     slot=int32,
     context_len=int32,
-    block_ids=st.lists(int32, max_size=4).map(tuple),
+    block_ids=st.lists(st.lists(int32, max_size=4).map(tuple), max_size=3).map(tuple),
     sampling=samplings,
 )
 
@@ -86,6 +88,8 @@ def plans(draw: st.DrawFn) -> StepPlan:
         closed_slots=draw(int32s()),
         opened=tuple(draw(st.lists(opened, max_size=3))),
         appended_slots=draw(int32s(num_appended)),
+        appended_groups=draw(int32s(num_appended)),
+        copied=tuple(draw(st.lists(st.builds(CopiedBlock, int32, int32, int32), max_size=3))),
         appended_blocks=draw(int32s(num_appended)),
         row_slots=draw(int32s(num_rows)),
         row_num_new_tokens=draw(int32s(num_rows)),

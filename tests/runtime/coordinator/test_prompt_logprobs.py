@@ -5,6 +5,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from kvshard.runtime.coordinator.samples import Samples
+
 
 @pytest.mark.parametrize("cache_enabled", [True, False])
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
@@ -52,6 +54,19 @@ def test_cached_prefixes_are_left_alone_and_left_behind(fake: ModuleType) -> Non
     assert stats.num_token_steps == 30 + 30 + 10 + 3  # and the first token of each answer
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_the_first_of_several_samples_is_told_and_the_others_share_its_prompt(
+    fake: ModuleType, prefix_caching: bool
+) -> None:
+    run = fake.Run(fake.make_limits(prefix_caching=prefix_caching, windows=(None, 6)))
+    samples = Samples(fake.make_request("a", 22, n=3, prompt_logprobs=0, max_tokens=3)).requests
+    run.add(*samples)
+    run.to_the_end()
+    run.assert_as_expected(*samples)
+    assert [bool(sample.prompt_logprobs) for sample in samples] == [True, False, False]
+    assert run.coordinator.stats.num_cached_prompt_tokens >= 2 * 20
+
+
 def test_a_later_pass_begins_behind_what_was_told(fake: ModuleType) -> None:
     row = fake.make_request("a", 10, prompt_logprobs=0)
     assert row.num_skippable == 0
@@ -66,7 +81,7 @@ def test_a_later_pass_begins_behind_what_was_told(fake: ModuleType) -> None:
 def test_a_prompt_whose_logits_are_not_finite_fails_its_row_alone(fake: ModuleType, length: int) -> None:
     run = fake.Run(fake.make_limits(max_num_batched_tokens=8))
     rows = [fake.make_request(name, 20, prompt_logprobs=0, max_tokens=5) for name in "ab"]
-    run.shards.without_token = lambda sequence, seed: seed == rows[0].seed and len(sequence) == length
+    run.shards.without_token = lambda num_tokens, seed: seed == rows[0].seed and num_tokens == length
     run.add(*rows)
     run.to_the_end()
     assert rows[0].finish_reason == "error"

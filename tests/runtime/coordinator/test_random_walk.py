@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from kvshard.runtime.coordinator.samples import Samples
+
 NUM_WALKS = 240
 
 
@@ -24,7 +26,12 @@ def _limits(fake: ModuleType, chance: random.Random) -> Any:
         run_ahead=chance.choice([0, 1, 2, 3]),
         cache_enabled=chance.random() < 0.8,
         prefix_caching=chance.random() < 0.9,
+        windows=chance.choice([(None,), (None,), (None, 6), (None, 17, 4), (5,), (9, 3)]),
     )
+
+
+def _published(run: Any) -> set[tuple[int, bytes]]:
+    return {(group, name) for group, blocks in enumerate(run.blocks) for name in blocks._published}
 
 
 def _prefix(fake: ModuleType, chance: random.Random, rows: list[Any]) -> list[int]:
@@ -45,8 +52,9 @@ def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]
         return fake.make_request(name, len(prefix) + chance.randrange(2, 5), prefix, task="score")
     return fake.make_request(
         name,
-        max(chance.randrange(1, 28), len(prefix) + chance.randrange(0, 2), 1),
-        prefix,
+        n=chance.choice([1, 1, 1, 3]),
+        num_prompt=max(chance.randrange(1, 28), len(prefix) + chance.randrange(0, 2), 1),
+        prefix=prefix,
         max_tokens=max_tokens,
         min_tokens=0 if max_tokens is None else chance.randrange(0, max_tokens + 1),
         stop_token_ids=chance.sample(range(97), chance.choice([0, 0, 4])),
@@ -62,35 +70,36 @@ def test_walk(fake: ModuleType, first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 40):
         chance = random.Random(seed)
         run = fake.Run(_limits(fake, chance), eos=tuple(chance.sample(range(97), 3)))
-        blocks = run.coordinator._scheduler.blocks
         fails_at: dict[int, int] = {}  # by seed: the length from which on there is no token
-        run.shards.without_token = lambda tokens, seed, at=fails_at: len(tokens) >= at.get(seed, 1000)
+        run.shards.without_token = lambda num_tokens, seed, at=fails_at: num_tokens >= at.get(seed, 1000)
         rows: list[Any] = []
         for _ in range(chance.randrange(10, 60)):
             action = chance.random()
             if action < 0.3 and len(rows) < 14:
-                rows.append(_request(fake, chance, f"{seed} {len(rows)}", rows))
+                samples = Samples(_request(fake, chance, f"{seed} {len(rows)}", rows)).requests
+                rows += samples
                 if chance.random() < 0.1 and rows[-1].sampling.seed is None:
                     fails_at[rows[-1].seed] = chance.randrange(1, 40)
-                run.add(rows[-1])
+                run.add(*samples)
             elif action < 0.36 and rows:
-                run.coordinator.abort(chance.choice(rows).request_id)
+                aborted = chance.choice(rows)
+                run.coordinator.abort(aborted.request_id, aborted.sample_index)
                 run.coordinator.check_integrity()
             else:
-                before, num_in_flight = set(blocks._published), run.coordinator._scheduler.num_sent
+                before, num_in_flight = _published(run), run.coordinator._scheduler.num_sent
                 num_failed = sum(row.error is not None for row in run.finished)
                 run.step()
                 if num_failed == sum(row.error is not None for row in run.finished) and num_in_flight > 0:
-                    counts["evicted with plans in flight"] += len(before - set(blocks._published))
+                    counts["evicted with plans in flight"] += len(before - _published(run))
         run.to_the_end()
         aborted = [row for row in rows if row.finish_reason == "abort"]
         failed = [row for row in rows if row.finish_reason == "error"]
         assert sorted(row.arrival for row in rows) == sorted(row.arrival for row in run.finished + aborted)
         run.assert_as_expected(*(row for row in run.finished if row not in failed))
         for row in aborted + failed:
-            whole, _ = fake.expected(row, run.eos, run.limits.max_model_len)
+            whole, _ = fake.expected(row, run.eos, run.limits.max_model_len, run.shards.windows)
             assert row.output_token_ids == whole[: len(row.output_token_ids)]
-            fake.assert_prompt_as_expected(row)
+            fake.assert_prompt_as_expected(row, run.shards.windows)
         for row in failed:
             assert row.num_tokens == max(fails_at[row.seed], len(row.prompt_token_ids))
         counts["scored"] += sum(row.task == "score" for row in run.finished)

@@ -72,7 +72,7 @@ def test_the_largest_request_that_fits_runs(fake: ModuleType) -> None:
     run.add(*rows)
     run.to_the_end()
     run.assert_as_expected(*rows)
-    assert run.coordinator.stats.peak_used_blocks == 20
+    assert run.coordinator.stats.peak_used_layer_blocks == 20
 
 
 @pytest.mark.parametrize("max_tokens", [None, 500])

@@ -46,8 +46,8 @@ def test_a_text_gives_its_blocks_up_at_once_and_leaves_nothing_to_find(fake: Mod
     [ended] = run.step()
     blocks = run.coordinator._scheduler.blocks
     assert ended is text
-    assert (text.finish_reason, text.block_ids, blocks.num_used) == ("length", [], 0)
-    assert not blocks._published
+    assert (text.finish_reason, text.block_tables, blocks.managers[0].num_used) == ("length", [], 0)
+    assert not blocks.managers[0]._published
     again = fake.make_request("again", 20, text.prompt_token_ids, task="score")
     run.add(again)
     run.to_the_end()
@@ -89,7 +89,7 @@ def test_an_aborted_text_has_no_score(fake: ModuleType) -> None:
 def test_a_text_whose_logits_are_not_finite_fails_alone(fake: ModuleType, length: int) -> None:
     run = fake.Run(fake.make_limits(max_num_batched_tokens=8))
     texts = [fake.make_request(name, 20, task="score") for name in "ab"]
-    run.shards.without_token = lambda sequence, seed: seed == texts[0].seed and len(sequence) == length
+    run.shards.without_token = lambda num_tokens, seed: seed == texts[0].seed and num_tokens == length
     run.add(*texts)
     run.to_the_end()
     assert texts[0].finish_reason == "error"

@@ -31,14 +31,14 @@ def finished(request_id: str, num_tokens: int, text: str, first_s: float, per_to
 
 def make_summary() -> BatchSummary:
     summary = BatchSummary(Path("/data/" + "long/" * 20 + "out.jsonl"), num_failed=2, num_skipped=5)
-    summary.add(finished("a", 5, "  ", 0.1, 0.02))
-    summary.add(finished("b", 1, "An [red]answer[/red].\nTwo lines.", 0.3, 0.0))
+    summary.add([finished("a", 5, "  ", 0.1, 0.02)])
+    summary.add([finished("b", 1, "An [red]answer[/red].\nTwo lines.", 0.3, 0.0)])
     summary.wall_s = 2.0
     info = ShardInfo(
         0, "a-host-with-a-long-name.example.org", 7, "cuda:0", 32, 8, 2**34, 2**35, 1000, "nccl", 4
     )
     stats = CoordinatorStats(
-        peak_used_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
+        peak_used_layer_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
     )
     summary.add_engine([info], [ShardHealth(0, 5, 2**34 + 2**33)], stats)
     return summary
@@ -89,7 +89,7 @@ def test_a_job_that_scores_says_what_it_did() -> None:
         request = Request.new("a", list(range(len(logprobs) + 1)), SamplingParams(), task="score")
         columns = np.array(logprobs, np.float32)[:, None]
         request.prompt_logprobs = [LogprobTable(columns.astype(np.int32), columns, columns.astype(np.int32))]
-        summary.add(request)
+        summary.add([request])
     stream = io.StringIO()
     print_summary(summary, Console(file=stream, width=80))
     rows = dict(
