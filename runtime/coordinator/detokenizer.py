@@ -101,9 +101,10 @@ class Detokenizer:
 
     def _move_up(self) -> None:
         """Shorten a window whose text is final."""
-        if len(self._window) > WINDOW and (text := self._decode(self._window[-WINDOW // 2 :])):
+        if len(self._window) > WINDOW:
             del self._window[: -WINDOW // 2]
-            self._text, self._num_given = text, len(text)
+            self._text = self._decode(self._window)
+            self._num_given = len(self._text)
 
     def _give_up_on_old_bytes(self) -> str:
         """Shorten a window without a border between characters at its end; the text that falls out of it.
@@ -115,6 +116,6 @@ class Detokenizer:
             if old + kept == self._text:
                 piece = old[self._num_given :]
                 del self._window[:-num_kept]
-                self._text, self._num_given = kept, max(self._num_given - len(old), 0)
+                self._text, self._num_given = kept, 0
                 return piece
         return ""

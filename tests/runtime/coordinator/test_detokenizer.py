@@ -99,6 +99,15 @@ def test_bytes_that_never_make_a_character_are_shown_and_end() -> None:
     assert text + detokenizer.finish([]) == INCOMPLETE * (3 * LONGEST_WAIT) + "ords"
 
 
+@pytest.mark.parametrize("num_invalid", range(LONGEST_WAIT - 6, LONGEST_WAIT + 2))
+def test_a_character_behind_a_long_run_of_invalid_bytes_stays_whole(num_invalid: int) -> None:
+    """The window is cut when it gets too long, which may be in the middle of the character."""
+    tokenizer = TOKENIZERS["byte-level"]
+    ids = [tokenizer.token_to_id(byte_alphabet()[0xFF])] * num_invalid + byte_ids("byte-level", "😀")
+    detokenizer = make_detokenizer("byte-level", [])
+    assert "".join(detokenizer.feed(token) for token in ids) == INCOMPLETE * num_invalid + "😀"
+
+
 def test_a_half_character_at_the_end_is_shown() -> None:
     detokenizer = make_detokenizer("sentencepiece", [])
     assert [detokenizer.feed(byte) for byte in b"ab\xc3"] == [""] * 3  # valid as a whole or not at all

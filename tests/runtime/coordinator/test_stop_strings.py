@@ -52,6 +52,14 @@ def test_rows_end_with_the_token_that_completes_a_stop_string(kind: str, seed: i
     assert got == (expected or (len(ids), whole_text(kind, prompt, ids, True), None))
 
 
+@pytest.mark.parametrize(
+    ("stops", "text"), [(["s", "rd"], " wo"), (["rd", "s"], " wo"), (["ds", "s"], " wor")]
+)
+def test_the_first_of_several_within_one_token_counts(stops: list[str], text: str) -> None:
+    ids = [TOKENIZERS["sentencepiece"].token_to_id(token) for token in ("▁words", "▁words")]
+    assert _run("sentencepiece", ids[:1], ids, stop=stops).text == text
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "unigram"])
 def test_a_stop_string_of_bytes_ends_the_row_before_its_run_does(kind: str) -> None:
     request = _run(kind, [], byte_ids(kind, "ab日é")[:8] + [0xFF] * 9, stop=["日"])
