@@ -66,7 +66,13 @@ class OneLetterEach:
 
 
 def start(
-    model: Path, *, run_ahead: int = 1, num_blocks: int = 40, eos: tuple[int, ...] = (), poison: bool = True
+    model: Path,
+    *,
+    run_ahead: int = 1,
+    num_blocks: int = 40,
+    eos: tuple[int, ...] = (),
+    poison: bool = True,
+    prefix_caching: bool = True,
 ) -> Coordinator:
     config = parse_config(
         {
@@ -74,7 +80,7 @@ def start(
             "device": "cpu",
             "dtype": "float32",
             "threads_per_shard": 1,
-            "cache": {"block_size": BLOCK_SIZE},
+            "cache": {"block_size": BLOCK_SIZE, "prefix_caching": prefix_caching},
             "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 32, "run_ahead": run_ahead},
         },
         "test",
