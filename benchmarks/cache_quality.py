@@ -51,9 +51,11 @@ def page_logits(formats: tuple[CacheFormat, ...], dtype: torch.dtype) -> tuple[T
     inputs = StepInputs(
         token_ids=ids,
         positions=torch.arange(length),
-        slot_mapping=torch.arange(length) + BLOCK_SIZE,
-        attention=AttentionMetadata.build(
-            np.array([length], np.int32), np.array([length], np.int32), tables, BLOCK_SIZE, CPU
+        slot_mappings=(torch.arange(length) + BLOCK_SIZE,),
+        attention=(
+            AttentionMetadata.build(
+                np.array([length], np.int32), np.array([length], np.int32), tables, BLOCK_SIZE, CPU
+            ),
         ),
         sample_tokens=torch.arange(length),
         sample_slots=np.zeros(length, np.int32),
@@ -64,14 +66,14 @@ def page_logits(formats: tuple[CacheFormat, ...], dtype: torch.dtype) -> tuple[T
         cache = KVCache(
             checkpoint.spec,
             shard,
-            num_blocks=num_blocks,
+            group_blocks=(num_blocks,),
             block_size=BLOCK_SIZE,
             format=format,
             dtype=dtype,
             device=CPU,
         )
         with torch.inference_mode():
-            logits[format] = decoder.forward(inputs, cache)
+            logits[format] = decoder.logits(decoder.forward(inputs, cache)[inputs.sample_tokens])
     return ids, logits
 
 

@@ -114,14 +114,15 @@ def _answer(engine: "Engine", length: int) -> CacheSample:
     coordinator.add(request)
     while coordinator.has_work:
         coordinator.step()
-    block_bytes = sum(shard.kv_bytes_per_block for shard in engine.plan.shards)
+    kv_bytes = sum(shard.kv_bytes for shard in engine.plan.shards)
+    peak_used, num_all = coordinator.stats.peak_used_layer_blocks, coordinator.limits.num_layer_blocks
     return CacheSample(
         cache_enabled=cache_enabled,
         num_tokens=len(request.output_token_ids),
         num_token_steps=coordinator.stats.num_token_steps - token_steps,
         wall_s=time.perf_counter() - started,
         # As lengths grow, the peak is this answer's. Without the cache its blocks are only work space.
-        kept_kv_bytes=coordinator.stats.peak_used_blocks * block_bytes if cache_enabled else 0,
+        kept_kv_bytes=kv_bytes * peak_used // num_all if cache_enabled else 0,
         token_ids=tuple(request.output_token_ids),
     )
 

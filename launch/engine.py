@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ..runtime.config import JobConfig
+from ..runtime.config import JobConfig, Task
 from ..runtime.coordinator.executor import Executor, ShardInfo
 from ..runtime.coordinator.launcher import Launcher
 from ..runtime.coordinator.limits import Limits
@@ -44,7 +44,12 @@ class Engine:
         self.shards = shards
         self.coordinator = Coordinator(
             executor,
-            Limits.from_config(config, num_blocks=plan.num_blocks, max_model_len=plan.max_model_len),
+            Limits.from_config(
+                config,
+                num_blocks=plan.num_blocks,
+                max_model_len=plan.max_model_len,
+                layer_groups=spec.layer_groups,
+            ),
             eos_token_ids=spec.eos_token_ids,
             tokenizer=tokenizer,
             byte_tokens=byte_tokens(tokenizer),
@@ -96,7 +101,9 @@ class Engine:
             started.pop_all()  # the engine's to close from here on
         return engine
 
-    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def make_request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, task: Task = "generate"
+    ) -> Request:
         """A request from a text, token ids, or chat messages.
 
         Raises RequestError when it cannot be tokenised, or names tokens that the model does not have.
@@ -105,10 +112,11 @@ class Engine:
         check_token_ids(sampling, vocab_size, request_id)
         return Request.new(
             request_id,
-            tokenize_prompt(self.tokenizer, vocab_size, request_id, prompt),
+            tokenize_prompt(self.tokenizer, vocab_size, request_id, prompt, for_answer=task == "generate"),
             sampling,
             self.config.seed,
             tokenize_bad_words(self.tokenizer, vocab_size, request_id, sampling.bad_words),
+            task,
         )
 
     def close(self) -> None:

@@ -180,6 +180,10 @@ def _print(console: Console, config: JobConfig, result: MemoryPlan) -> None:
         f"cache: {result.num_blocks:,} blocks of {result.block_size} tokens, {result.num_tokens:,} tokens; "
         f"longest request {result.longest_request:,} of {result.max_model_len:,} tokens"
     )
+    if len(result.groups) > 1 or result.groups[0].window is not None:
+        for group in result.groups:
+            seen = "all tokens" if group.window is None else f"{group.window:,} tokens"
+            console.print(f"  {group.num_layers} layers that see {seen}: {group.num_blocks:,} blocks")
     if result.problem is None:
         console.print("[green]fits[/green]")
     else:

@@ -56,7 +56,7 @@ class Running:
                 while ended:
                     samples = ended.popleft()
                     num_ended += 1
-                    num_tokens += samples.num_output_tokens
+                    num_tokens += samples.num_made
                     view.update(num_ended, 0, num_tokens)
                     yield samples
             while not self._live and self._coordinator.has_work:

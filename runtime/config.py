@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import ConfigError
 from .sampling_params import SamplingParams
 
+Task = Literal["generate", "score"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -119,6 +121,10 @@ class NetworkConfig(_Section):
 class JobConfig(_Section):
     """One batch job."""
 
+    task: Task = Field(
+        "generate",
+        description="score: how likely each row's text is, token by token, and its perplexity; nothing is generated",
+    )
     model: str = Field(description="Hugging Face id, local directory, .gguf file, or demo")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
     tokenizer: str | None = Field(None, description="directory or id of another tokenizer; null: the model's")
@@ -163,6 +169,12 @@ class JobConfig(_Section):
                 f"shard_weights has {len(self.shard_weights)} entries and tensor_parallel_size={self.tensor_parallel_size}; "
                 "give one weight a shard"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_task(self) -> "JobConfig":
+        for name, value in self.sampling.only_to_generate.items() if self.task == "score" else ():
+            raise ValueError(f"sampling.{name}={value!r} has no meaning with task: score; leave it out")
         return self
 
 

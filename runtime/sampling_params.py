@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 MAX_INT32 = 2**31 - 1  # JSON has integers of any size; plans and slots hold 32 bits
 MAX_BIAS = 100.0
 MAX_SAMPLES = 2**14  # each is a request: one row must not take all of the coordinator's memory
+MAX_LOGPROBS = 20  # vLLM's default for max_logprobs
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Bias = Annotated[
@@ -80,7 +81,13 @@ class SamplingParams(BaseModel):
     )
     ignore_eos: bool = Field(False, description="go on after the model's EOS token")
     logprobs: int | None = Field(
-        None, description="0 adds the chosen tokens' log probabilities; null adds none"
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="adds each token's log probability, and those of this many of the most likely tokens; null adds none",
+    )
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="the same of each token of the prompt but the first"
     )
     detokenize: bool = Field(True, description="false leaves the text empty; the token ids are the answer")
     skip_special_tokens: bool = Field(True, description="leave special tokens such as EOS out of the text")
@@ -133,11 +140,17 @@ class SamplingParams(BaseModel):
                 f"n={self.n} with temperature={self.temperature:g}: greedy answers would all be the same; "
                 "use n=1, or a temperature above 0"
             )
-        if self.logprobs not in (None, 0):
-            raise ValueError(f"logprobs={self.logprobs}: only the chosen token's are kept; use 0 or null")
         if self.stop and not self.detokenize:
             raise ValueError("stop strings are looked for in the text, and detokenize=false makes none")
         return self
+
+    @property
+    def only_to_generate(self) -> dict[str, Any]:
+        """Settings that are not the default and mean nothing where a text is scored, by name."""
+        values = (
+            (name, getattr(self, name)) for name in SamplingParams.model_fields if name != "prompt_logprobs"
+        )
+        return {name: value for name, value in values if value != SamplingParams.model_fields[name].default}
 
     @property
     def penalizes(self) -> bool:

@@ -12,6 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from kvshard.parallel.shard_map import ShardMap
+from kvshard.runtime.batch.records import Row, read_rows
 from kvshard.runtime.config import load_config
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.models.spec import ModelSpec, RotarySpec
@@ -55,6 +56,7 @@ def test_all_purposes_are_there() -> None:
         "mixed_gpus",
         "two_nodes",
         "long_context",
+        "score",
     }
 
 
@@ -106,6 +108,14 @@ def test_quickstart_prompts() -> None:
     assert len(rows) == 32
     assert len({row["id"] for row in rows}) == 32
     assert len({row["messages"][-1]["content"] for row in rows}) == 32
+
+
+def test_score_texts() -> None:
+    config = load_config(CONFIGS / "score.yaml")
+    assert config.input is not None
+    rows = list(read_rows([Path(config.input.path)], config.sampling))
+    assert len(rows) == 8
+    assert all(isinstance(row, Row) and not row.sampling.only_to_generate for row in rows)
 
 
 def test_ray_cluster() -> None:

@@ -123,7 +123,8 @@ class Eager:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
 
     def __call__(self, step: int) -> Tensor:
-        logits = self.model.decoder.forward(self.inputs(step), self.model.cache)
+        inputs, decoder = self.inputs(step), self.model.decoder
+        logits = decoder.logits(decoder.forward(inputs, self.model.cache)[inputs.sample_tokens])
         torch.argmax(logits, dim=1, out=self.tokens)
         return logits
 
@@ -190,7 +191,8 @@ class Captured:
         return torch.cat((tables, tables.new_zeros(idle, tables.shape[1]))) if idle else tables
 
     def _step(self) -> Tensor:
-        logits = self.model.decoder.forward(self.inputs, self.model.cache)
+        decoder = self.model.decoder
+        logits = decoder.logits(decoder.forward(self.inputs, self.model.cache)[self.inputs.sample_tokens])
         torch.argmax(logits, dim=1, out=self.tokens)
         return logits
 

@@ -107,7 +107,7 @@ def logits_of(group: Group) -> Tensor:
         sample_positions=nobody.astype(np.int64),
     )
     with torch.inference_mode():
-        return decoder.forward(inputs, cache)
+        return decoder.logits(decoder.forward(inputs, cache)[inputs.sample_tokens])
 
 
 def decoder_on_ranks(group: Group, folder: Path) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from ..config import JobConfig
+from ..config import JobConfig, Task
+from ..coordinator.detokenizer import TokenTexts
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
 from ..coordinator.samples import Samples
@@ -20,7 +21,7 @@ from ..observe.summary import BatchSummary
 from ..sampling_params import SamplingParams
 from .output import OutputFile
 from .records import BadRow, Row
-from .response import TokenDecoder, answer_line, error_line
+from .response import answer_line, error_line
 
 POLL_S = 0.1
 JOIN_S = 5.0
@@ -45,6 +46,12 @@ class BatchExecutor(Protocol):
     def health(self) -> Sequence[ShardHealth]: ...
 
 
+class TokenDecoder(Protocol):
+    """The part of a tokenizer that log probabilities need."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
 class BatchEngine(Protocol):
     """A started model."""
 
@@ -58,7 +65,9 @@ class BatchEngine(Protocol):
     def shards(self) -> Sequence[ShardInfo]: ...
     @property
     def tokenizer(self) -> TokenDecoder: ...
-    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request: ...
+    def make_request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, task: Task
+    ) -> Request: ...
 
 
 def run_batch(
@@ -73,12 +82,16 @@ def run_batch(
     Setting `stop` ends the job after the current step; what was not written runs again next time. Raises
     ConfigError (input or output file) and ShardError; the rows written so far stay.
     """
-    summary = BatchSummary(output.path)
     config = engine.config
+    summary = BatchSummary(output.path, config.task)
     waiting_target = config.scheduler.max_num_seqs
     running: dict[str, tuple[Row, Samples]] = {}
     coordinator = engine.coordinator
+    text_of = TokenTexts(engine.tokenizer.decode)
     started_s = shown_s = time.monotonic()
+
+    def make_request(row: Row) -> Request:
+        return engine.make_request(row.row_id, row.prompt, row.sampling, config.task)
 
     def fail(failure: "_Failure") -> None:
         output.write(error_line(failure.row_id, "input_error", failure.code, failure.message))
@@ -105,15 +118,14 @@ def run_batch(
             output.write(error_line(row.row_id, "system_error", "request_failed", samples.error))
             summary.num_failed += 1
         else:
-            output.write(answer_line(row, samples.requests, config.model, engine.tokenizer))
+            output.write(answer_line(row, samples.requests, config.model, text_of))
             summary.add(samples.requests)
 
     def show() -> None:
-        num_tokens = summary.num_output_tokens
-        num_tokens += sum(samples.num_output_tokens for _, samples in running.values())
+        num_tokens = summary.num_tokens + sum(samples.num_made for _, samples in running.values())
         progress.update(summary.num_ok + summary.num_failed, summary.num_failed, num_tokens)
 
-    with _Feeder(rows, output.done, engine.make_request, 2 * waiting_target) as feeder:
+    with _Feeder(rows, output.done, make_request, 2 * waiting_target) as feeder:
         while not stop.is_set():
             while coordinator.num_waiting < waiting_target and (item := feeder.get(0.0)) is not None:
                 admit(item)
@@ -155,7 +167,7 @@ class _Feeder:
         self,
         rows: Iterator[Row | BadRow],
         done: set[str],
-        make_request: Callable[[str, Prompt, SamplingParams], Request],
+        make_request: Callable[[Row], Request],
         max_ahead: int,
     ) -> None:
         self.num_skipped = 0
@@ -208,7 +220,7 @@ class _Feeder:
         if isinstance(row, BadRow):
             return _Failure(row.row_id, row.code, row.message)
         try:
-            return row, self._make_request(row.row_id, row.prompt, row.sampling)
+            return row, self._make_request(row)
         except RequestError as error:
             return _Failure(row.row_id, "invalid_request", str(error))
 

@@ -49,7 +49,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "stream": (False,),
     "echo": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "response_format": ({"type": "text"},),
 }
@@ -154,8 +153,15 @@ def _read_request(row_id: str, body: dict[str, Any], defaults: SamplingParams) -
         elif key in _NEUTRAL and value not in _NEUTRAL[key]:
             raise RequestError(f"{key}={_short(value)} is not supported; leave {key} out")
     _refuse_unknown(
-        given, _SAMPLING | _ALIASES.keys() | _NEUTRAL.keys() | _NO_EFFECT | set(_PROMPTS), "field"
+        given,
+        _SAMPLING | _ALIASES.keys() | _NEUTRAL.keys() | _NO_EFFECT | {"top_logprobs", *_PROMPTS},
+        "field",
     )
+    num_top = given.get("top_logprobs", 0)
+    if isinstance(fields.get("logprobs"), bool):  # as chat requests say it
+        fields["logprobs"] = num_top if fields["logprobs"] else None
+    if num_top and fields.get("logprobs") != num_top:
+        raise RequestError(f"top_logprobs={_short(num_top)} needs logprobs=true")
 
     prompts = [key for key in _PROMPTS if key in given]
     if not prompts:
@@ -170,8 +176,6 @@ def _read_request(row_id: str, body: dict[str, Any], defaults: SamplingParams) -
 def _read_sampling(fields: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
     if not fields:
         return defaults
-    if isinstance(fields.get("logprobs"), bool):  # as chat requests say it
-        fields["logprobs"] = 0 if fields["logprobs"] else None
     try:
         # Strict, so that "max_tokens": "5" or true is an error.
         return SamplingParams.model_validate(defaults.model_dump() | fields, strict=True)

@@ -3,25 +3,25 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+from ..coordinator.logprobs import Place
 from ..coordinator.request import Request
+from ..coordinator.scoring import prompt_places, score_of
 from .records import Row
 
 LINE_START = b'{"id":"batch_req_'
 """Every output line begins so; what does not was written by something else."""
 
 
-class TokenDecoder(Protocol):
-    """The part of a tokenizer that log probabilities need."""
-
-    def decode(self, token_ids: list[int]) -> str: ...
+TokenText = Callable[[int], str]
+"""The text of one token."""
 
 
-def answer_line(row: Row, requests: Sequence[Request], model: str, tokenizer: TokenDecoder) -> bytes:
+def answer_line(row: Row, requests: Sequence[Request], model: str, text_of: TokenText) -> bytes:
     """The line of a row whose samples have finished: a choice for each."""
-    body = _body(row, requests, model, tokenizer)
+    body = _body(row, requests, model, text_of)
     return _line(row.row_id, {"status_code": 200, "request_id": row.row_id, "body": body}, None)
 
 
@@ -30,7 +30,7 @@ def error_line(row_id: str, kind: Literal["input_error", "system_error"], code: 
     return _line(row_id, None, {"code": code, "message": message, "type": kind})
 
 
-def _choice(row: Row, request: Request, tokenizer: TokenDecoder) -> dict[str, Any]:
+def _choice(row: Row, request: Request, text_of: TokenText) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": request.sample_index}
     if row.is_chat:
         choice["message"] = {"role": "assistant", "content": request.text}
@@ -41,11 +41,13 @@ def _choice(row: Row, request: Request, tokenizer: TokenDecoder) -> dict[str, An
     choice["token_ids"] = list(request.output_token_ids)
     choice["logprobs"] = None
     if request.output_logprobs is not None:
-        choice["logprobs"] = _logprobs(row, request.output_token_ids, request.output_logprobs, tokenizer)
+        choice["logprobs"] = _logprobs(row, request.output_logprobs, text_of)
     return choice
 
 
-def _body(row: Row, requests: Sequence[Request], model: str, tokenizer: TokenDecoder) -> dict[str, Any]:
+def _body(row: Row, requests: Sequence[Request], model: str, text_of: TokenText) -> dict[str, Any]:
+    if requests[0].task == "score":
+        return _score(row, requests[0], model, text_of)
     num_prompt = len(requests[0].prompt_token_ids)  # once: they share it
     num_output = sum(len(request.output_token_ids) for request in requests)
     return {
@@ -53,7 +55,8 @@ def _body(row: Row, requests: Sequence[Request], model: str, tokenizer: TokenDec
         "object": "chat.completion" if row.is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [_choice(row, request, tokenizer) for request in requests],
+        "choices": [_choice(row, request, text_of) for request in requests],
+        "prompt_logprobs": _prompt_logprobs(requests[0], text_of),
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
@@ -62,19 +65,65 @@ def _body(row: Row, requests: Sequence[Request], model: str, tokenizer: TokenDec
     }
 
 
-def _logprobs(
-    row: Row, token_ids: list[int], logprobs: list[float], tokenizer: TokenDecoder
-) -> dict[str, Any]:
-    """The chosen tokens' log probabilities, as chat answers and as completions spell them."""
-    tokens = [tokenizer.decode([token_id]) for token_id in token_ids]
-    if not row.is_chat:
-        return {"tokens": tokens, "token_logprobs": logprobs}
+def _logprobs(row: Row, places: list[Place], text_of: TokenText) -> dict[str, Any]:
+    """Log probabilities of the chosen tokens and the most likely ones, as chat answers and as completions spell them."""
+    if row.is_chat:
+        return {
+            "content": [
+                {
+                    "token": text_of(chosen.token_id),
+                    "logprob": chosen.logprob,
+                    "top_logprobs": [
+                        {"token": text_of(token.token_id), "logprob": token.logprob} for token in top
+                    ],
+                }
+                for chosen, *top in places
+            ]
+        }
     return {
-        "content": [
-            {"token": token, "logprob": logprob, "top_logprobs": []}
-            for token, logprob in zip(tokens, logprobs, strict=True)
-        ]
+        "tokens": [text_of(chosen.token_id) for chosen, *_ in places],
+        "token_logprobs": [chosen.logprob for chosen, *_ in places],
+        # By text, where the likelier of two tokens with the same text stays.
+        "top_logprobs": [
+            {text_of(token.token_id): token.logprob for token in reversed(top)} for _, *top in places
+        ],
     }
+
+
+def _score(row: Row, request: Request, model: str, text_of: TokenText) -> dict[str, Any]:
+    score, num_prompt = score_of(request), len(request.prompt_token_ids)
+    assert score is not None, "a text that is scored has ended, and well"
+    return {
+        "id": f"score-{_digest(row.row_id)}",
+        "object": "text_score",
+        "created": int(time.time()),
+        "model": model,
+        "logprob_sum": score.logprob_sum,
+        "perplexity": score.perplexity,
+        "prompt_token_ids": list(request.prompt_token_ids),
+        "prompt_logprobs": _prompt_logprobs(request, text_of),
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": 0, "total_tokens": num_prompt},
+    }
+
+
+def _prompt_logprobs(request: Request, text_of: TokenText) -> list[dict[str, Any] | None] | None:
+    """As vLLM's server writes them: by token id, and null for the first token."""
+    places = prompt_places(request)
+    if places is None:
+        return None
+    return [
+        None
+        if place is None
+        else {
+            str(token.token_id): {
+                "logprob": token.logprob,
+                "rank": token.rank,
+                "decoded_token": text_of(token.token_id),
+            }
+            for token in place
+        }
+        for place in places
+    ]
 
 
 def _line(row_id: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:

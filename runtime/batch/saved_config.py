@@ -12,6 +12,7 @@ from ..sampling_params import SamplingParams
 
 # Settings that change what the answers are. The others change only how fast, and where, they are made.
 _RESULT_KEYS = (
+    "task",
     "model",
     "revision",
     "tokenizer",

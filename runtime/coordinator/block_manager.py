@@ -91,15 +91,9 @@ class BlockManager:
             self._published[block_hash] = block_id
             self._hashes[block_id] = block_hash
 
-    def find(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks published under the first of `hashes`, up to the first hash that none has."""
-        block_ids = []
-        for block_hash in hashes:
-            block_id = self._published.get(block_hash)
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-        return block_ids
+    def find(self, block_hash: bytes) -> int | None:
+        """The block published under this hash."""
+        return self._published.get(block_hash)
 
     def withdraw(self, hashes: Iterable[bytes]) -> None:
         """Let nobody find these hashes any more; whoever holds their blocks goes on holding them."""

@@ -10,7 +10,7 @@ ByteFallback decoder of the tokenizers library shows every byte of a run that is
 run is final when it has ended, and until then its characters are `pending`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how decoders show the first bytes of a character
@@ -24,6 +24,20 @@ class TokenDecoder(Protocol):
     """The part of a tokenizer that is needed here."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class TokenTexts:
+    """The text of single tokens, each decoded once: log probabilities name the same tokens over and over."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._decode([token_id])
+        return text
 
 
 class Detokenizer:

@@ -18,7 +18,7 @@ class ShardInfo:
     num_kv_heads: int
     weight_bytes: int  # storages of its parameters, aliases counted once
     kv_bytes: int  # storages of its K and V tensors
-    num_blocks: int  # blocks of the cache; equal on all ranks
+    num_layer_blocks: int  # blocks of its cache, each layer's counted for itself; equal on all ranks
     group_backend: str  # single, shared_memory, gloo or nccl
     threads: int
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Collection
 
-from .block_manager import BlockManager
+from .block_groups import BlockGroups
 from .request import Request
 from .slot_table import SlotTable
 
 
 def cheapest_victim(
-    table: SlotTable, blocks: BlockManager, block_size: int, settled: Collection[int]
+    table: SlotTable, blocks: BlockGroups, block_size: int, settled: Collection[int]
 ) -> Request:
     """The running request with the fewest tokens to compute again; the last to arrive among equals.
 
@@ -33,9 +33,9 @@ def cheapest_victim(
     )
 
 
-def _num_shared(request: Request, blocks: BlockManager) -> int:
-    """Blocks at its beginning that others hold too."""
-    for index, block_id in enumerate(request.block_ids):
-        if blocks.num_holders(block_id) == 1:
+def _num_shared(request: Request, blocks: BlockGroups) -> int:
+    """Blocks at its beginning that others hold too, in the first layer group; what windows have passed is lost."""
+    for index, block_id in enumerate(request.block_tables[0]):
+        if blocks.managers[0].num_holders(block_id) <= 1:
             return index
-    return len(request.block_ids)
+    return len(request.block_tables[0])

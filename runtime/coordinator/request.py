@@ -4,8 +4,10 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ..config import Task
 from ..sampling_params import SamplingParams
 from .logits_rules import LogitsRules
+from .logprobs import LogprobTable, Place
 from .plan import SlotSampling
 
 if TYPE_CHECKING:
@@ -36,10 +38,13 @@ class Request:
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of `sampling.bad_words`
+    task: Task = "generate"
     sample_index: int = 0  # which of the `sampling.n` requests with this id and prompt
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
-    output_logprobs: list[float] | None = None  # of the raw logits, one an output token, when asked for
+    output_logprobs: list[Place] | None = None  # one an output token, when asked for
+    prompt_logprobs: list[LogprobTable] = field(default_factory=list)  # when asked for, in the prompt's order
+    num_targets: int = 0  # prompt tokens whose log probabilities sent plans ask for; the first one has none
     text: str = ""  # complete when finished; grows before that only when there are stop strings
     status: Status = "waiting"
     finish_reason: FinishReason | None = None
@@ -49,7 +54,7 @@ class Request:
     arrival: int = -1  # place in the order of arrival
     max_len: int = 0  # most tokens, prompt and output; set when added
     slot: int = -1
-    block_ids: list[int] = field(default_factory=list)  # in token order
+    block_tables: list[list[int]] = field(default_factory=list)  # by layer group; see block_groups.py
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks of tokens; see prefixes.py
     last_step_id: int = -1  # last plan sent that it was part of; kept up while it has no slot
     num_preemptions: int = 0
@@ -72,21 +77,61 @@ class Request:
         sampling: SamplingParams,
         job_seed: int = 0,
         bad_word_ids: tuple[tuple[int, ...], ...] = (),
+        task: Task = "generate",
     ) -> "Request":
         """A request whose seed is `sampling.seed`, or comes from `job_seed` and `request_id`."""
         seed = request_seed(sampling, job_seed, request_id)
-        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids)
+        return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids, task)
 
     def sample(self, index: int) -> "Request":
         """A new request for another sample of the same prompt."""
         return Request(
-            self.request_id, self.prompt_token_ids, self.sampling, self.seed, self.bad_word_ids, index
+            self.request_id,
+            self.prompt_token_ids,
+            self.sampling,
+            self.seed,
+            self.bad_word_ids,
+            self.task,
+            index,
         )
 
     @property
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_made(self) -> int:
+        """What a progress bar counts: output tokens; of a text to score, tokens that sent plans ask for."""
+        return self.num_targets if self.task == "score" else len(self.output_token_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens to run through the model before one is sampled; of a text to score, all but the last."""
+        return self.num_tokens - (self.task == "score")
+
+    @property
+    def ids_to_compute(self) -> list[int]:
+        """These tokens."""
+        return (self.prompt_token_ids + self.output_token_ids)[: self.num_to_compute]
+
+    @property
+    def num_prompt_top(self) -> int | None:
+        """Most likely tokens wanted beside each one of the prompt; None: no log probabilities of the prompt.
+
+        Of several samples, only the first is asked for them.
+        """
+        if self.sample_index > 0:
+            return None
+        wanted = self.sampling.prompt_logprobs
+        return 0 if wanted is None and self.task == "score" else wanted
+
+    @property
+    def num_skippable(self) -> int:
+        """Tokens at the beginning that need not be run through the model where their K and V are there."""
+        if self.num_prompt_top is None or self.num_targets == len(self.prompt_token_ids) - 1:
+            return self.num_tokens - 1  # the last one's logits are wanted
+        return self.num_targets
 
     @property
     def ttft_ms(self) -> float | None:
@@ -114,7 +159,7 @@ class Request:
             top_p=1.0 if sampling.greedy else sampling.top_p,
             min_p=0.0 if sampling.greedy else sampling.min_p,
             seed=self.seed,
-            logprobs=sampling.logprobs is not None,
+            logprobs=sampling.logprobs,
             stop_ids=stop_ids,
             stop_from=len(self.prompt_token_ids) + sampling.min_tokens,
             sample_index=self.sample_index,

@@ -24,9 +24,9 @@ class Samples:
         return self._num_left == 0
 
     @property
-    def num_output_tokens(self) -> int:
-        """Of all samples, so far."""
-        return sum(len(request.output_token_ids) for request in self.requests)
+    def num_made(self) -> int:
+        """What a progress bar counts, of all samples so far."""
+        return sum(request.num_made for request in self.requests)
 
     @property
     def error(self) -> str | None:

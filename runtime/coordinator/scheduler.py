@@ -16,11 +16,11 @@ waits for rows ahead of it, once for each: a row that passes it goes on otherwis
 """
 
 import heapq
-from collections import Counter, deque
+from collections import deque
 
 import numpy as np
 
-from .block_manager import BlockManager
+from .block_groups import BlockGroups, BlockTables
 from .limits import Limits
 from .plan import NO_TOKEN, Bool, Int32, OpenedSlot, StepPlan, StepResult
 from .plan_builder import PlanBuilder
@@ -39,7 +39,7 @@ class Scheduler:
         self, limits: Limits, eos_token_ids: tuple[int, ...], stats: CoordinatorStats, epoch: int = 0
     ) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks)
+        self.blocks = BlockGroups(limits)
         self.slots = SlotTable(limits.max_num_seqs)
         self._prefixes = Prefixes(self.blocks, limits)
         self._eos_token_ids = eos_token_ids
@@ -75,7 +75,7 @@ class Scheduler:
             if request.last_step_id > self._returned_step_id:
                 self._draining.append(request)
             else:
-                self._free_blocks(request)
+                self.blocks.free(request)
         request.block_hashes.clear()
 
     def schedule(self, now: float) -> StepPlan | None:
@@ -85,8 +85,8 @@ class Scheduler:
             self._add_decodes(builder)
         else:
             self._restart_sampled_rows()
-        self._continue_prefills(builder)
-        self._admit(builder, now)
+        if self._continue_prefills(builder):
+            self._admit(builder, now)
         plan = builder.build(self._epoch, self._next_step_id, self.slots.closed)
         if plan is not None:
             self._count_as_sent(plan, builder)
@@ -115,7 +115,7 @@ class Scheduler:
         to_check = [sent.requests[row] for row in (*rows[may_end].tolist(), *preempted.tolist())]
         to_check = [request for request in to_check if request.status != "finished"]
         self._stats.num_dropped_tokens += sent.hand_out(result, now)
-        return to_check
+        return to_check + sent.ended_in_prompt(to_check)
 
     def _add_decodes(self, builder: PlanBuilder) -> None:
         """A row for every slot whose prompt is computed and that may have another token."""
@@ -141,7 +141,8 @@ class Scheduler:
         for slot in sorted(slots[needs_block].tolist(), key=lambda slot: table.owners[slot].arrival):
             if table.serial[slot] < 0:
                 continue  # preempted for another row
-            request = table.owners[slot]
+            request, num_computed = table.owners[slot], int(table.num_computed[slot])
+            self.blocks.give_up_passed(request, num_computed)
             while self.blocks.num_free == 0 and not self._draining and request.slot >= 0:
                 self._preempt(cheapest_victim(table, self.blocks, self.limits.block_size, settled))
             if request.slot < 0:
@@ -149,10 +150,7 @@ class Scheduler:
             if self.blocks.num_free == 0:
                 held_back.append(slot)
                 continue
-            block_ids = self.blocks.allocate(1)
-            request.block_ids += block_ids
-            table.capacity[slot] += self.limits.block_size
-            builder.appended.append((slot, block_ids[0]))
+            self._extend(builder, slot, num_computed + 1)
             settled.add(slot)
         return slots[(table.serial[slots] >= 0) & ~np.isin(slots, held_back)]
 
@@ -162,15 +160,32 @@ class Scheduler:
         slots = table.order
         is_back = (table.num_known[slots] > table.num_prefill[slots]) & (table.num_in_flight[slots] == 0)
         for slot in slots[is_back].tolist():
-            self._send_back(table.owners[slot])
+            if table.owners[slot].task == "generate":
+                self._send_back(table.owners[slot])
 
-    def _continue_prefills(self, builder: PlanBuilder) -> None:
+    def _extend(self, builder: PlanBuilder, slot: int, num_tokens: int) -> None:
+        """Bring a slot's block tables up to `num_tokens`, for which there is room."""
+        request = self.slots.owners[slot]
+        builder.appended += [(slot, *entry) for entry in self.blocks.extend(request, num_tokens)]
+        self.slots.capacity[slot] = self.blocks.capacity(request)
+
+    def _continue_prefills(self, builder: PlanBuilder) -> bool:
+        """A chunk of every prompt that is half read; False if one has no blocks in a window group.
+
+        It waits for rows that end then. There is one such prompt at most: a plan ends at its budget or
+        for want of blocks, and either keeps others from being admitted.
+        """
         table = self.slots
         slots = table.order
         for slot in slots[table.num_computed[slots] < table.num_prefill[slots]].tolist():
             if builder.budget == 0:
-                return
+                return True
+            request, start = table.owners[slot], int(table.num_computed[slot])
+            self.blocks.give_up_passed(request, start)
+            if self.blocks.room(request) <= start:
+                return False
             self._stats.num_chunked_prompts += self._add_chunk(builder, slot)
+        return True
 
     def _admit(self, builder: PlanBuilder, now: float) -> None:
         """Give slots and blocks to waiting requests in the order of arrival.
@@ -184,44 +199,48 @@ class Scheduler:
                 if request.last_step_id > self._returned_step_id:
                     break  # preempted, and its last tokens are not back
                 found = self._prefixes.find(request)
-                if self._prefixes.is_being_computed(request, len(found), self.slots, builder.chunk_slots):
+                num_found = len(found[0])
+                if self._prefixes.is_being_computed(request, num_found, self.slots, builder.chunk_slots):
                     passed.append(heapq.heappop(self._waiting))
                     continue
-                num_new = self.limits.num_blocks_for(request.num_tokens) - len(found)
-                # Some blocks stay free for rows that run, lest it be preempted at once.
-                reserve = max(self.blocks.num_usable // 100, 1) if self.slots.owners else 0
-                if num_new + reserve > self.blocks.num_free_beside(found):
+                chunk_end = min(num_found * self.limits.block_size + builder.budget, request.num_to_compute)
+                if not self.blocks.can_admit(
+                    request.num_to_compute, chunk_end, found, bool(self.slots.owners)
+                ):
                     break
-                self._open(builder, request, found, num_new, now)
+                self._open(builder, request, found, now)
             heapq.heappop(self._waiting)
         for entry in passed:
             heapq.heappush(self._waiting, entry)
 
-    def _open(
-        self, builder: PlanBuilder, request: Request, found: list[int], num_new: int, now: float
-    ) -> None:
+    def _open(self, builder: PlanBuilder, request: Request, found: BlockTables, now: float) -> None:
         request.status = "running"
-        self.blocks.share(found)  # before others are allocated, which could take them
-        request.block_ids = found + self.blocks.allocate(num_new)
-        num_cached = len(found) * self.limits.block_size
-        slot = self.slots.open(request, self.limits.block_size, num_cached)
-        self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
+        num_cached = len(found[0]) * self.limits.block_size
+        copy = self._prefixes.sample_to_copy(request, len(found[0]), self.slots)
+        self.blocks.open(request, found)
+        if copy is not None:
+            sample, num_cached = copy
+            builder.copied += self.blocks.extend_by_copy(request, sample, num_cached)
+        slot = self.slots.open(request, num_cached)
+        self._prefills[slot] = np.array(request.ids_to_compute, np.int32)
         if request.admitted_s is None:
             request.admitted_s = now
-            if self._prefixes.may_share(request):
-                self._stats.num_cached_prompt_tokens += num_cached
-                self._stats.num_looked_up_prompt_tokens += len(request.prompt_token_ids)
+            if self._prefixes.may_share(request) and request.num_prompt_top is None:
+                self._stats.count_lookup(num_cached, len(request.prompt_token_ids))
         sampling = request.slot_sampling(self._eos_token_ids)
-        builder.opened.append(OpenedSlot(slot, num_cached, tuple(request.block_ids), sampling))
+        block_ids = tuple(map(tuple, request.block_tables))
+        builder.opened.append(OpenedSlot(slot, num_cached, block_ids, sampling))
         self._add_chunk(builder, slot)
 
     def _add_chunk(self, builder: PlanBuilder, slot: int) -> bool:
-        """The next chunk of a slot's prefill, as much as the budget allows; whether it is the last."""
+        """The next chunk of a slot's prefill, as much as budget and blocks allow; whether it is the last."""
         token_ids = self._prefills[slot]
         start = int(self.slots.num_computed[slot])
-        end = min(start + builder.budget, len(token_ids))
+        end = min(start + builder.budget, len(token_ids), self.blocks.room(self.slots.owners[slot]))
+        assert end > start, "a chunk without tokens"
+        self._extend(builder, slot, end)
         is_last = end == len(token_ids)
-        builder.add_chunk(slot, token_ids[start:end], samples=is_last)
+        builder.add_chunk(self.slots.owners[slot], token_ids, start, end)
         if is_last:
             del self._prefills[slot]
         return is_last
@@ -237,17 +256,12 @@ class Scheduler:
         for request, num_new in zip(requests[first:], plan.row_num_new_tokens[first:].tolist(), strict=True):
             end = int(table.num_computed[request.slot])
             self._prefixes.publish(request, end - num_new, end)
+        serials, num_targets = table.serial[slots], builder.num_targets
         self._sent.append(
-            SentPlan(
-                plan.step_id, builder.num_decodes, slots, table.serial[slots], plan.row_samples, requests
-            )
+            SentPlan(plan.step_id, first, slots, serials, plan.row_samples, requests, num_targets)
         )
         self._next_step_id += 1
-        stats = self._stats
-        stats.num_steps += 1
-        stats.num_token_steps += plan.num_tokens
-        stats.num_prefill_chunks += builder.num_chunks
-        stats.peak_used_blocks = max(stats.peak_used_blocks, self.blocks.num_used)
+        self._stats.count_plan(plan.num_tokens, builder.num_chunks, self.blocks.num_used_layer_blocks)
 
     def _preempt(self, request: Request) -> None:
         request.num_preemptions += 1
@@ -257,7 +271,7 @@ class Scheduler:
     def _send_back(self, request: Request) -> None:
         """From its slot to its place in the queue; its tokens are to be computed again."""
         self._release_slot(request)
-        self._free_blocks(request)
+        self.blocks.free(request)
         request.status = "waiting"
         heapq.heappush(self._waiting, (request.arrival, request))
 
@@ -274,24 +288,15 @@ class Scheduler:
         returned = self._returned_step_id
         for request in [request for request in self._draining if request.last_step_id <= returned]:
             self._draining.remove(request)
-            self._free_blocks(request)
-
-    def _free_blocks(self, request: Request) -> None:
-        self.blocks.free(request.block_ids)
-        request.block_ids = []
+            self.blocks.free(request)
 
     def check_integrity(self) -> None:
         """Blocks, slots and requests agree. Raises AssertionError."""
-        self.blocks.check_integrity()
         self.slots.check_integrity(self.limits.block_size)
-        holders = [*self.slots.owners.values(), *self._draining]
-        held = Counter(block_id for request in holders for block_id in request.block_ids)
-        assert len(held) == self.blocks.num_used, "blocks are held by no request, or by one that gave them up"
-        for block_id, count in held.items():
-            assert count == self.blocks.num_holders(block_id), f"holders of block {block_id} are miscounted"
+        self.blocks.check_integrity([*self.slots.owners.values(), *self._draining])
         assert self._prefills.keys() <= self.slots.owners.keys(), "a prompt is kept for a free slot"
         for _, request in self._waiting:
-            assert not request.block_ids, f"{request.request_id} waits and holds blocks"
+            assert not request.block_tables, f"{request.request_id} waits and holds blocks"
             assert request.slot < 0, f"{request.request_id} waits and holds a slot"
         for request in self._draining:
             assert request.last_step_id > self._returned_step_id, "blocks kept after the last plan returned"

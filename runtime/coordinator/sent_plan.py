@@ -1,11 +1,14 @@
 """A plan on its way: what is needed of it once its result is back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from .logprobs import LogprobTable
 from .plan import NO_TOKEN, Bool, Int32, StepResult
 from .request import Request
+from .scoring import is_scored
 from .slot_table import Int64
 
 NOT_FINITE = (
@@ -26,6 +29,7 @@ class SentPlan:
     serials: Int64  # of who held the slots when it was sent
     samples: Bool
     requests: list[Request]
+    num_targets: list[int]  # one entry a chunk: prompt tokens whose log probabilities come back
 
     def hand_out(self, result: StepResult, now: float) -> int:
         """Give each request its token; the number of tokens dropped, as their requests have ended.
@@ -40,13 +44,16 @@ class SentPlan:
             elif token_id != NO_TOKEN:
                 request.output_token_ids.append(token_id)
         if result.logprobs is not None:
-            for request, token_id, logprob in zip(
-                self.requests, token_ids, result.logprobs.tolist(), strict=True
-            ):
-                if request.output_logprobs is None or request.status == "finished":
+            rows = np.flatnonzero(self.samples).tolist()
+            for row, place in zip(rows, result.logprobs.places(), strict=True):
+                request = self.requests[row]
+                if request.sampling.logprobs is None or request.status == "finished":
                     continue
-                if token_id != NO_TOKEN:
-                    request.output_logprobs.append(logprob)
+                assert request.output_logprobs is not None, "made with the request"
+                if token_ids[row] != NO_TOKEN:
+                    request.output_logprobs.append(place[: 1 + request.sampling.logprobs])
+        if result.prompt_logprobs is not None:
+            self._hand_out_prompts(result.prompt_logprobs)
         for request in self.requests[self.num_decodes :]:
             if request.first_token_s is None and request.output_token_ids:
                 request.first_token_s = now
@@ -56,3 +63,30 @@ class SentPlan:
                 is_masked = request.sampling.allowed_token_ids or request.bad_word_ids
                 request.error = NOTHING_LEFT if is_masked else NOT_FINITE
         return num_dropped
+
+    def _hand_out_prompts(self, table: LogprobTable) -> None:
+        """Give each request what its chunk was asked for; an error instead where logits were not finite."""
+        start = 0
+        for request, count in self._asked():
+            if request.status != "finished":
+                assert request.num_prompt_top is not None, "it has asked for some"
+                part = table.part(start, start + count, request.num_prompt_top)
+                request.prompt_logprobs.append(part)
+                if not np.isfinite(part.logprobs[:, 0]).all():
+                    request.error = NOT_FINITE
+            start += count
+
+    def ended_in_prompt(self, known: list[Request]) -> list[Request]:
+        """Requests beside `known` that end with what came of their chunks: texts, and errors; after `hand_out`."""
+        return [
+            request
+            for request, _ in self._asked()
+            if request.status != "finished"
+            and (request.error is not None or is_scored(request))
+            and request not in known
+        ]
+
+    def _asked(self) -> Iterator[tuple[Request, int]]:
+        """Requests with chunks that were asked for log probabilities, and of how many tokens."""
+        chunks = zip(self.requests[self.num_decodes :], self.num_targets, strict=True)
+        return ((request, count) for request, count in chunks if count)

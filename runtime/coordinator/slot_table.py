@@ -25,7 +25,7 @@ class SlotTable:
         self.num_in_flight = zeros()  # tokens sampled by sent plans whose results are not back
         self.num_computed = zeros()  # tokens found in the cache, or run through the model by sent plans
         self.num_prefill = zeros()  # tokens known at admission: the row decodes once they are computed
-        self.capacity = zeros()  # tokens its blocks can hold
+        self.capacity = zeros()  # tokens its block tables have entries for, in every layer group
         self.max_len = zeros()
         self.last_token = zeros()  # the newest known token
         self.watched = np.zeros(num_slots, np.bool_)  # each of its tokens may end it: stop ids or strings
@@ -49,14 +49,15 @@ class SlotTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def open(self, request: Request, block_size: int, num_cached: int) -> int:
-        """Give `request`, which has its blocks, a slot; its first `num_cached` tokens are computed. The slot."""
+    def open(self, request: Request, num_cached: int) -> int:
+        """Give `request` a slot; its first `num_cached` tokens are computed and have blocks. The slot."""
         slot = self._free.pop()
         request.slot = slot
-        self.num_known[slot] = self.num_prefill[slot] = request.num_tokens
+        self.num_known[slot] = request.num_tokens
+        self.num_prefill[slot] = request.num_to_compute
         self.num_in_flight[slot] = 0
         self.num_computed[slot] = num_cached
-        self.capacity[slot] = len(request.block_ids) * block_size
+        self.capacity[slot] = 0  # set once its tables have entries for its first chunk
         self.max_len[slot] = request.max_len
         self.watched[slot] = bool(request.sampling.stop or request.sampling.stop_token_ids)
         self.serial[slot] = self._next_serial
@@ -86,7 +87,8 @@ class SlotTable:
         for slot, request in self.owners.items():
             assert request.slot == slot, f"{request.request_id} is in slot {slot} and says {request.slot}"
             assert self.num_known[slot] == request.num_tokens, f"{request.request_id}: token counts differ"
-            assert self.capacity[slot] == len(request.block_ids) * block_size, "capacity and blocks differ"
+            num_entries = min(map(len, request.block_tables))
+            assert self.capacity[slot] == num_entries * block_size, "capacity and blocks differ"
             assert 0 <= self.num_computed[slot] <= self.capacity[slot], "tokens without a block"
             num_tokens = self.num_known[slot] + self.num_in_flight[slot]
             assert self.num_computed[slot] <= num_tokens <= self.max_len[slot], "more tokens than allowed"

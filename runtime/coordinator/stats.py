@@ -18,4 +18,16 @@ class CoordinatorStats:
     num_prompt_tokens: int = 0  # of finished requests
     num_output_tokens: int = 0  # of finished requests
     max_plans_in_flight_ahead: int = 0  # plans sent beyond the one whose result was awaited
-    peak_used_blocks: int = 0
+    peak_used_layer_blocks: int = 0  # of the cache, each layer's counted for itself
+
+    def count_plan(self, num_tokens: int, num_chunks: int, num_used_layer_blocks: int) -> None:
+        """Note a plan that has been sent, and the blocks in use from then on."""
+        self.num_steps += 1
+        self.num_token_steps += num_tokens
+        self.num_prefill_chunks += num_chunks
+        self.peak_used_layer_blocks = max(self.peak_used_layer_blocks, num_used_layer_blocks)
+
+    def count_lookup(self, num_cached: int, num_prompt: int) -> None:
+        """Note how much of a prompt was found in the cache."""
+        self.num_cached_prompt_tokens += num_cached
+        self.num_looked_up_prompt_tokens += num_prompt

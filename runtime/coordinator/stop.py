@@ -31,7 +31,12 @@ class EndOfRequest:
             request.detokenizer = self._detokenizer(request, self._decoder)
 
     def reached(self, request: Request) -> FinishReason | None:
-        """Look at the newest token: "stop", "length" or None. Sets `stop_reason` and `text`."""
+        """Look at the newest token: "stop", "length" or None. Sets `stop_reason` and `text`.
+
+        A text that is scored ends with its length.
+        """
+        if request.task == "score":
+            return "length"
         sampling = request.sampling
         token_id = request.output_token_ids[-1]
         past_minimum = len(request.output_token_ids) > sampling.min_tokens

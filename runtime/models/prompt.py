@@ -10,11 +10,14 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """A text, token ids, or chat messages with role and content."""
 
 
-def tokenize_prompt(tokenizer: Any, vocab_size: int, request_id: str, prompt: Prompt) -> list[int]:
+def tokenize_prompt(
+    tokenizer: Any, vocab_size: int, request_id: str, prompt: Prompt, *, for_answer: bool = True
+) -> list[int]:
     """The token ids of a prompt. `tokenizer` is a fast tokenizer of transformers.
 
     A text gets the special tokens that the tokenizer adds, such as BOS; messages get those of the chat
-    template and no others. Raises RequestError when the prompt cannot be tokenised.
+    template and no others, and end with the beginning of an answer when it is `for_answer`. Raises RequestError when
+    the prompt cannot be tokenised.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -26,7 +29,7 @@ def tokenize_prompt(tokenizer: Any, vocab_size: int, request_id: str, prompt: Pr
             "set chat_template or send a prompt"
         )
     try:
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=for_answer)
     except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it may raise anything
         raise RequestError(f'request "{request_id}": the chat template refused it: {error}') from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,6 +1,7 @@
 """What a model is, in one frozen value for the decoder, the memory plan and the loader. No torch here."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,8 +122,20 @@ class TensorNames:
     mlp_out_norm: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """The layers with one window. They have block ids, block tables and a number of blocks of their own."""
+
+    window: int | None  # tokens a query sees, itself included; None = all
+    num_layers: int
+
+
 Activation = Literal["silu", "gelu_tanh"]
 QKNorm = Literal["head", "width"]
+
+
+def _narrowness(window: int | None) -> float:
+    return -math.inf if window is None else -window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +184,17 @@ class ModelSpec:
     def layer_rotary(self, layer: int) -> RotarySpec:
         windowed = self.layer_windows[layer] is not None
         return self.window_rotary if windowed and self.window_rotary is not None else self.rotary
+
+    @property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Full attention first, then the windows from the widest on."""
+        counts = Counter(self.layer_windows)
+        return tuple(LayerGroup(window, counts[window]) for window in sorted(counts, key=_narrowness))
+
+    def layer_group(self, layer: int) -> int:
+        """Index in `layer_groups` of the group that a layer belongs to."""
+        windows = [group.window for group in self.layer_groups]
+        return windows.index(self.layer_windows[layer])
 
     @property
     def rotaries(self) -> tuple[RotarySpec, ...]:

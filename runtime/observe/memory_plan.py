@@ -3,7 +3,10 @@
 Per shard, in bytes:
 
     weights   = storage of its parameters, aliases once                            (exact)
-    KV        = num_blocks * block_size * 2 * layers * local KV heads * row                     (exact)
+    KV        = sum over layer groups of blocks * block_size * 2 * layers * local KV heads * row  (exact)
+      blocks  = num_blocks; in a group whose layers have a window at most what its rows can hold (coordinator/limits.py):
+                (max_num_seqs + max(max_num_seqs // 8, 1)) * (ceil(window / block_size) + 1)
+                  + ceil(max_num_batched_tokens / block_size) + 1      without prefix caching max_num_seqs alone
       row         = head_dim * dtype; with cache.dtype int8 or fp8 head_dim + 2, with int4 head_dim / 2 + 2: codes and scale
     reserve   = activations + logits + seen + rotary tables + runtime                     (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
@@ -15,11 +18,11 @@ Per shard, in bytes:
                     there are more shards; CPU: 256 MiB
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
-`memory_fraction * memory` after weights and reserve holds the blocks; the smallest number over the ranks counts for all.
+`memory_fraction * memory` after weights and reserve holds the blocks; the smallest num_blocks over the ranks counts for all.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +30,13 @@ import psutil
 
 from ...parallel.shard_map import ShardMap
 from ..config import CacheConfig, JobConfig
+from ..coordinator.limits import Limits
 from ..errors import ConfigError
 from ..models.parameters import weight_bytes
 from ..models.spec import ModelSpec
+from .cache_size import DTYPE_BYTES, cache_row_bytes, choose_num_blocks, fitting_blocks
 
 DeviceKind = Literal["cpu", "cuda"]
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SCALE_BYTES = 2
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
 
 _MIB = 2**20
@@ -48,8 +51,7 @@ class ShardPlan:
     num_q_heads: int
     num_kv_heads: int
     weight_bytes: int
-    kv_bytes_per_token: int
-    kv_bytes_per_block: int
+    kv_bytes_per_token: int  # inside every window
     kv_bytes: int
     reserve_bytes: int
     usable_bytes: int | None  # memory_fraction * memory; None when the memory is not known
@@ -60,6 +62,15 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """The layers with one window."""
+
+    window: int | None  # tokens; None = full attention
+    num_layers: int
+    num_blocks: int  # on every rank, the never allocated block 0 included
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What every shard agrees on, and why it cannot work if it cannot."""
 
@@ -67,8 +78,10 @@ class MemoryPlan:
     dtype: str
     cache_dtype: str
     block_size: int  # tokens
-    num_blocks: int  # on every rank, the never allocated block 0 included
+    num_blocks: int  # of the groups that no window limits
+    groups: tuple[GroupPlan, ...]
     max_model_len: int  # tokens of the longest request, prompt and output
+    longest_request: int  # tokens of the longest one that can run, alone if need be
     shards: tuple[ShardPlan, ...]
     problem: str | None  # which setting to change; None when it fits
 
@@ -76,11 +89,6 @@ class MemoryPlan:
     def num_tokens(self) -> int:
         """Tokens that the cache holds."""
         return max(0, self.num_blocks - 1) * self.block_size
-
-    @property
-    def longest_request(self) -> int:
-        """Tokens of the longest request that can run, alone if need be."""
-        return min(self.max_model_len, self.num_tokens)
 
     def require_fit(self) -> None:
         """Raises ConfigError when the job does not fit."""
@@ -93,7 +101,6 @@ class MemoryPlan:
         return asdict(self) | {
             "fits": self.problem is None,
             "num_tokens": self.num_tokens,
-            "longest_request": self.longest_request,
             "shards": shards,
         }
 
@@ -103,13 +110,6 @@ def resolve_dtype(dtype: str, device_kind: DeviceKind) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device_kind == "cuda" else "float32"
-
-
-def cache_row_bytes(cache_dtype: str, head_dim: int) -> int:
-    """Bytes of one key, or value, of one head: its channels, and the float16 scale of the quantised formats."""
-    if cache_dtype in DTYPE_BYTES:
-        return head_dim * DTYPE_BYTES[cache_dtype]
-    return (head_dim // 2 if cache_dtype == "int4" else head_dim) + SCALE_BYTES
 
 
 def host_memory_bytes() -> int:
@@ -152,14 +152,19 @@ def plan_memory(
     row_bytes = cache_row_bytes(cache_dtype, spec.head_dim)
     per_token = [shard_map.kv_bytes_per_token(rank, row_bytes) for rank in range(world_size)]
     usable = [None if memory is None else int(fraction * memory) for memory in memories]
+    limits = Limits.from_config(
+        config, num_blocks=MIN_BLOCKS, max_model_len=longest, layer_groups=spec.layer_groups
+    )
+    # Of one layer, one block each.
+    block_bytes = [token_bytes // spec.num_layers * config.cache.block_size for token_bytes in per_token]
     fitting = [
-        max(0, room - held - reserve) // (token_bytes * config.cache.block_size)
-        for room, held, token_bytes in zip(usable, weights, per_token, strict=True)
+        fitting_blocks(max(0, room - held - reserve) // one_block, limits)
+        for room, held, one_block in zip(usable, weights, block_bytes, strict=True)
         if room is not None
     ]
-    num_blocks = choose_num_blocks(
-        config.cache, useful_blocks(config.scheduler.max_num_seqs, longest, config.cache.block_size), fitting
-    )
+    most_blocks = min(fitting, default=None)
+    num_blocks = choose_num_blocks(config.cache, max(limits.most_blocks), most_blocks)
+    limits = replace(limits, num_blocks=num_blocks)
     shards = tuple(
         ShardPlan(
             rank=rank,
@@ -167,8 +172,7 @@ def plan_memory(
             num_kv_heads=len(shard.kv_heads),
             weight_bytes=weights[rank],
             kv_bytes_per_token=per_token[rank],
-            kv_bytes_per_block=per_token[rank] * config.cache.block_size,
-            kv_bytes=per_token[rank] * config.cache.block_size * num_blocks,
+            kv_bytes=block_bytes[rank] * limits.num_layer_blocks,
             reserve_bytes=reserve,
             usable_bytes=usable[rank],
         )
@@ -180,9 +184,14 @@ def plan_memory(
         cache_dtype=cache_dtype,
         block_size=config.cache.block_size,
         num_blocks=num_blocks,
+        groups=tuple(
+            GroupPlan(group.window, group.num_layers, count)
+            for group, count in zip(spec.layer_groups, limits.group_blocks, strict=True)
+        ),
         max_model_len=longest,
+        longest_request=limits.longest_request,
         shards=shards,
-        problem=_problem(config, spec, shards, num_blocks, min(fitting, default=None), fraction, memories),
+        problem=_problem(config, spec, shards, limits, most_blocks, fraction, memories),
     )
 
 
@@ -191,18 +200,6 @@ def memory_fraction(cache: CacheConfig, device_kind: DeviceKind) -> float:
     if cache.memory_fraction is not None:
         return cache.memory_fraction
     return 0.9 if device_kind == "cuda" else 0.5
-
-
-def useful_blocks(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
-    """Blocks beyond which the cache can never be filled: every slot at full length, and block 0."""
-    return max_num_seqs * -(-max_model_len // block_size) + 1
-
-
-def choose_num_blocks(cache: CacheConfig, most_useful: int, fitting: Sequence[int]) -> int:
-    """Blocks of every rank: `cache.num_blocks`, or what fits on the rank with least room (`fitting`, one a rank)."""
-    if cache.num_blocks is not None:
-        return cache.num_blocks
-    return min([most_useful, *fitting])
 
 
 def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, device_kind: DeviceKind) -> int:
@@ -239,13 +236,13 @@ def _problem(
     config: JobConfig,
     spec: ModelSpec,
     shards: Sequence[ShardPlan],
-    num_blocks: int,
+    limits: Limits,
     most_blocks: int | None,
     fraction: float,
     memories: Sequence[int | None],
 ) -> str | None:
     """The first reason why the job cannot run: names the setting, both numbers and the way out."""
-    wanted_len, block_size = config.scheduler.max_model_len, config.cache.block_size
+    wanted_len, num_blocks = config.scheduler.max_model_len, limits.num_blocks
     if wanted_len is not None and wanted_len > spec.max_position_embeddings:
         return (
             f"scheduler.max_model_len={wanted_len} is more than the {spec.max_position_embeddings} positions "
@@ -253,7 +250,7 @@ def _problem(
         )
     more_room = _more_room(config, spec, fraction)
     if most_blocks is not None and (most_blocks < MIN_BLOCKS or num_blocks > most_blocks):
-        tightest = min(shards, key=_spare_blocks)
+        tightest = min(shards, key=_spare_tokens)
         memory = memories[tightest.rank]
         assert memory is not None, "most_blocks comes from known memory"
         assert tightest.usable_bytes is not None, "known when the memory is"
@@ -269,20 +266,20 @@ def _problem(
             f"together {gib(tightest.total_bytes)}, and it may use {allowance}: "
             f"lower cache.num_blocks to {most_blocks} or less, or {more_room}"
         )
-    needed = -(-wanted_len // block_size) + 1 if wanted_len is not None else MIN_BLOCKS
+    needed = limits.num_blocks_needed(wanted_len) if wanted_len is not None else MIN_BLOCKS
     if num_blocks < needed:
         way_out = f"raise cache.num_blocks to {needed}" if config.cache.num_blocks is not None else more_room
         return (
-            f"one request of scheduler.max_model_len={wanted_len} tokens needs {needed} blocks of {block_size} "
+            f"one request of scheduler.max_model_len={wanted_len} tokens needs {needed} blocks of {limits.block_size} "
             f"(one is never used) and the cache has {num_blocks}: "
-            f"lower scheduler.max_model_len to {(num_blocks - 1) * block_size} or less, or {way_out}"
+            f"lower scheduler.max_model_len to {limits.longest_request} or less, or {way_out}"
         )
     return None
 
 
-def _spare_blocks(shard: ShardPlan) -> float:
+def _spare_tokens(shard: ShardPlan) -> float:
     assert shard.usable_bytes is not None, "only asked when the memory is known"
-    return (shard.usable_bytes - shard.weight_bytes - shard.reserve_bytes) / shard.kv_bytes_per_block
+    return (shard.usable_bytes - shard.weight_bytes - shard.reserve_bytes) / shard.kv_bytes_per_token
 
 
 def _more_room(config: JobConfig, spec: ModelSpec, fraction: float) -> str:

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..config import Task
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
+from ..coordinator.scoring import Score, score_of
 from ..coordinator.stats import CoordinatorStats
 from .memory_plan import gib
 
@@ -33,11 +35,14 @@ class BatchSummary:
     """Counts of one run; rows that an earlier run finished are only `num_skipped`."""
 
     output_path: Path
+    task: Task = "generate"
     num_ok: int = 0
     num_failed: int = 0
     num_skipped: int = 0
     num_prompt_tokens: int = 0  # of answered rows
     num_output_tokens: int = 0
+    num_scored_tokens: int = 0
+    logprob_sum: float = 0.0  # of the scored tokens
     wall_s: float = 0.0
     interrupted: bool = False
     # Doubles in arrays: a million rows take 16 MB.
@@ -52,6 +57,9 @@ class BatchSummary:
         self.num_ok += 1
         self.num_prompt_tokens += len(requests[0].prompt_token_ids)
         for request in requests:
+            if (score := score_of(request)) is not None:
+                self.num_scored_tokens += score.num_tokens
+                self.logprob_sum += score.logprob_sum
             self.num_output_tokens += len(request.output_token_ids)
             if request.ttft_ms is not None:
                 self.ttft_ms.append(request.ttft_ms)
@@ -70,15 +78,20 @@ class BatchSummary:
             ShardUse(
                 info,
                 peaks.get(info.rank),
-                info.kv_bytes * stats.peak_used_blocks // info.num_blocks if info.num_blocks else None,
+                info.kv_bytes * stats.peak_used_layer_blocks // info.num_layer_blocks,
             )
             for info in infos
         ]
 
     @property
+    def num_tokens(self) -> int:
+        """What the job was about: output tokens, or the texts' where they are scored."""
+        return self.num_output_tokens if self.task == "generate" else self.num_prompt_tokens
+
+    @property
     def tokens_per_s(self) -> float:
-        """Output tokens a second."""
-        return self.num_output_tokens / self.wall_s if self.wall_s > 0 else 0.0
+        """Of `num_tokens`, a second."""
+        return self.num_tokens / self.wall_s if self.wall_s > 0 else 0.0
 
     @property
     def requests_per_s(self) -> float:
@@ -121,16 +134,34 @@ def _job_rows(summary: BatchSummary) -> list[tuple[str, str]]:
     stats = summary.scheduler
     scheduler = f"{stats.num_chunked_prompts} chunked prompts, {stats.num_preemptions} preemptions, "
     scheduler += f"{stats.max_plans_in_flight_ahead} plans ahead"
+    kind = "output" if summary.task == "generate" else "prompt"
     return [
         ("Requests", f"{summary.num_ok:,} ok, {failed}{skipped}"),
-        ("Tokens", f"{summary.num_prompt_tokens:,} prompt, {summary.num_output_tokens:,} output"),
-        ("Prefix cache", _found(stats)),
-        ("Time to first token", _latency(summary.ttft_ms)),
-        ("Time per output token", _latency(summary.tpot_ms)),
-        ("Speed", f"{summary.tokens_per_s:,.1f} output tokens/s, {summary.requests_per_s:,.2f} requests/s"),
+        *(_generated(summary) if summary.task == "generate" else _scored(summary)),
+        ("Speed", f"{summary.tokens_per_s:,.1f} {kind} tokens/s, {summary.requests_per_s:,.2f} requests/s"),
         ("Wall time", f"{summary.wall_s:,.1f} s"),
         ("Steps", f"{stats.num_steps} steps, {stats.num_token_steps} token steps"),
         ("Scheduler", scheduler),
+    ]
+
+
+def _generated(summary: BatchSummary) -> list[tuple[str, str]]:
+    return [
+        ("Tokens", f"{summary.num_prompt_tokens:,} prompt, {summary.num_output_tokens:,} output"),
+        ("Prefix cache", _found(summary.scheduler)),
+        ("Time to first token", _latency(summary.ttft_ms)),
+        ("Time per output token", _latency(summary.tpot_ms)),
+    ]
+
+
+def _scored(summary: BatchSummary) -> list[tuple[str, str]]:
+    """Each text's first token is counted and has no probability."""
+    perplexity = None
+    if summary.num_scored_tokens:
+        perplexity = Score(summary.num_scored_tokens, summary.logprob_sum).perplexity
+    return [
+        ("Tokens", f"{summary.num_prompt_tokens:,} prompt, {summary.num_scored_tokens:,} scored"),
+        ("Perplexity of all", "-" if perplexity is None else f"{perplexity:,.3f}"),
     ]
 
 

@@ -42,6 +42,7 @@ class DecoderLayer:
     down: RowParallelLinear  # [H, I]
     mlp_out_norm: Tensor | None  # [H]
     window: int | None  # positions a query sees
+    group: int  # of layers with this window
     cos_sin: Tensor  # [max_positions, rotary_dim]
 
 
@@ -75,7 +76,7 @@ class Decoder:
         ]
 
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
-        """Logits [S, V] in fp32 of the vocabulary rows of this rank, for the sampling rows."""
+        """What the LM head reads, [T, H]: the last layer's output, normed."""
         residual = self._embed(inputs.token_ids)  # [T, H]
         if self._embedding_scale is not None:
             residual *= self._embedding_scale
@@ -88,7 +89,11 @@ class Decoder:
             last = i + 1 == len(self._layers)
             norm = self._final_norm if last else self._layers[i + 1].attention_norm
             hidden = join(hidden, residual, layer.mlp_out_norm, norm, self._eps)
-        logits = self._lm_head(hidden[inputs.sample_tokens])
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of some of the rows that `forward` gave, [S, H]: [S, V] in fp32, of the vocabulary rows of this rank."""
+        logits = self._lm_head(hidden)
         cap = self._logit_soft_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -112,7 +117,7 @@ class Decoder:
             layer.cos_sin,
             inputs.positions,
             kv,
-            inputs.slot_mapping,
+            inputs.slot_mappings[layer.group],
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=self._eps,
@@ -120,7 +125,7 @@ class Decoder:
         out = ops.paged_attention(
             q,
             kv,
-            inputs.attention,
+            inputs.attention[layer.group],
             heads,
             self._scale,
             window=layer.window,
@@ -168,6 +173,7 @@ def _layer(
         down=RowParallelLinear(weights[name + "down"], group, f"layer {index} down_proj"),
         mlp_out_norm=weights.get(name + "mlp_out_norm"),
         window=spec.layer_windows[index],
+        group=spec.layer_group(index),
         cos_sin=cos_sin,
     )
 

@@ -178,7 +178,7 @@ def shard_info(worker: Worker, threads: int) -> ShardInfo:
         num_kv_heads=len(worker.shard.kv_heads),
         weight_bytes=worker.weight_bytes,
         kv_bytes=worker.cache.num_bytes,
-        num_blocks=worker.cache.num_blocks,
+        num_layer_blocks=worker.cache.num_layer_blocks,
         group_backend=worker.group.backend,
         threads=threads,
     )

@@ -16,10 +16,10 @@ from ...kernels.host import to_device
 from ...parallel.group import Group
 from ..coordinator.plan import NO_TOKEN, Int32, SlotSampling
 from .logits_processors import LogitsProcessors
+from .logprobs import ID_MASK, Logprobs, LogprobTensors
 from .radix_select import cut_at_weight, ordered_keys
 
 _MAX_VOCAB_SIZE = 1 << 22  # so that the mass of all tokens fits into an int64
-_ID_MASK = 0xFFFFFFFF
 _KEY_OF_INFINITY = 0x7F800000
 
 Int64 = npt.NDArray[np.int64]
@@ -58,7 +58,8 @@ class Sampler:
         self._samples = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._sample_index = np.zeros(max_num_seqs, np.int64)
-        self._logprobs = np.zeros(max_num_seqs, np.bool_)
+        self._num_top = np.full(max_num_seqs, -1, np.int64)  # of the log probabilities wanted; -1: none are
+        self.logprobs = Logprobs(group, vocab_rows, vocab_size)
         self._processors = LogitsProcessors(vocab_rows, max_num_seqs, device)
 
     def open(self, slot: int, sampling: SlotSampling) -> None:
@@ -72,17 +73,18 @@ class Sampler:
         self._log_min_p[slot] = math.log(sampling.min_p) if samples and sampling.min_p > 0 else -math.inf
         self._seed[slot] = sampling.seed
         self._sample_index[slot] = sampling.sample_index
-        self._logprobs[slot] = sampling.logprobs
+        self._num_top[slot] = -1 if sampling.logprobs is None else sampling.logprobs
         self._processors.open(slot, sampling)
 
-    def sample(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor | None]:
+    def sample(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, LogprobTensors | None]:
         """One token per row, counted as output of its slot; all ranks call it with the same slots and positions.
 
         logits     [R, len(vocab_rows)] float32; not changed
         slots      [R], the slot of each row
         positions  [R], the place in the sequence of the token to be sampled, prompt included, from 0
-        returns    token ids [R] int64 (NO_TOKEN for a row that is broken), and log probabilities [R] float32 of
-                   these tokens under the raw logits, or None if no row of the batch asked for them
+        returns    token ids [R] int64 (NO_TOKEN for a row that is broken), and log probabilities under the raw
+                   logits, of these tokens and of as many others as the row wants that asks for most, or None if no
+                   row of the batch asks for any
         """
         shape = (len(slots), len(self.vocab_rows))
         assert logits.shape == shape, f"logits of shape {tuple(logits.shape)}, expected {shape}"
@@ -94,9 +96,8 @@ class Sampler:
             best = ops.row_argmax(processed)
         token_ids = self._winner(*best)
         self._processors.add_chosen(slots, token_ids)
-        if not self._logprobs[slots].any():
-            return token_ids, None
-        return token_ids, self._chosen_logprobs(logits, token_ids)
+        num_top = int(self._num_top[slots].max(initial=-1))
+        return token_ids, None if num_top < 0 else self.logprobs.of(logits, token_ids, num_top)
 
     def _perturbed_best(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor]:
         """This rank's largest score and its column: of the samples, and in greedy rows of the logits."""
@@ -133,7 +134,7 @@ class Sampler:
         limits_min_p = self._log_min_p[slots] > -math.inf
         cut = torch.full_like(temperature, -math.inf)
         if limits_min_p.any() or limits_p.any():
-            max_logits = self._row_max(logits) / temperature
+            max_logits = self.logprobs.row_max(logits) / temperature
         if limits_min_p.any():
             cut = max_logits + log_min_p
         if limits_k.any():
@@ -159,33 +160,15 @@ class Sampler:
             cut = torch.maximum(cut, top_p_cut / temperature)
         return cut
 
-    def _row_max(self, logits: Tensor) -> Tensor:
-        """[R] the largest logit over all ranks; NaN if there is one."""
-        return self.group.all_gather(ops.row_argmax(logits)[0], "sampler.max").amax(0)
-
     def _winner(self, best: Tensor, column: Tensor) -> Tensor:
         """[R] int64 the global ids of the largest scores over all ranks, or NO_TOKEN."""
         # Above: the score's key, where NaN counts as infinity. Below: the id, the lowest one largest.
         keys = ordered_keys(torch.nan_to_num(best, nan=math.inf, posinf=math.inf, neginf=-math.inf))
-        packed = (keys.long() << 32) | (_ID_MASK - (column + self.vocab_rows.start))
+        packed = (keys.long() << 32) | (ID_MASK - (column + self.vocab_rows.start))
         winner = self.group.all_gather(packed, "sampler.argmax").amax(0)
         key = winner >> 32
         finite = (key < _KEY_OF_INFINITY) & (key > ~_KEY_OF_INFINITY)
-        return torch.where(finite, _ID_MASK - (winner & _ID_MASK), NO_TOKEN)
-
-    def _chosen_logprobs(self, logits: Tensor, token_ids: Tensor) -> Tensor:
-        """[R] float32 log softmax of the logits at the tokens."""
-        max_logits = self._row_max(logits)
-        mass = ops.row_mass(logits, max_logits)
-        column = token_ids - self.vocab_rows.start
-        is_ours = (column >= 0) & (column < len(self.vocab_rows))
-        ours = logits.gather(1, column.clamp(0, len(self.vocab_rows) - 1)[:, None])[:, 0]
-        bits = torch.where(is_ours, ours.view(torch.int32), 0).long()  # one rank has the token, others add 0
-        mass, bits = self.group.all_reduce(torch.stack((mass, bits)), "sampler.logprobs")
-        chosen = bits.int().view(torch.float32)
-        log_total = (mass.double() * 2.0**-ops.MASS_BITS).log()
-        logprobs: Tensor = chosen.double() - max_logits.double() - log_total
-        return logprobs.float()
+        return torch.where(finite, ID_MASK - (winner & ID_MASK), NO_TOKEN)
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return to_device(array, self.device)

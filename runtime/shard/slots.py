@@ -18,8 +18,8 @@ class StepInputs:
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, place of each token in its sequence
-    slot_mapping: Tensor  # [T] int64, block * block_size + offset where its K and V go
-    attention: AttentionMetadata
+    slot_mappings: tuple[Tensor, ...]  # by layer group, [T] int64: block * block_size + offset of its K and V
+    attention: tuple[AttentionMetadata, ...]  # by layer group
     sample_tokens: Tensor  # [S] int64, index in the T tokens of the last token of each sampling row
     sample_slots: npt.NDArray[np.int32]  # [S]
     sample_positions: npt.NDArray[np.int64]  # [S], place in the sequence of the token to be sampled
@@ -29,19 +29,22 @@ class Slots:
     """`max_num_seqs` places for requests: block tables and last tokens on the device, lengths on the host."""
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self, *, num_groups: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
         self._block_size = block_size
         self._device = device
         max_blocks = -(-max_model_len // block_size)
-        self._block_tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        # In groups with a window, entries that it has passed keep what they had: nothing reads them.
+        self._block_tables = torch.zeros(
+            num_groups, max_num_seqs, max_blocks, dtype=torch.int32, device=device
+        )
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._num_blocks = np.zeros(max_num_seqs, np.int64)
+        self._num_entries = np.zeros((num_groups, max_num_seqs), np.int64)  # of each block table
         self._context_len = np.zeros(max_num_seqs, np.int64)
 
     def apply(self, plan: StepPlan) -> StepInputs:
         """Close, open and extend slots as planned, then lay out the step's rows."""
-        self._num_blocks[plan.closed_slots] = 0
+        self._num_entries[:, plan.closed_slots] = 0
         self._open_and_append(plan)
         slots, query_lens = plan.row_slots, plan.row_num_new_tokens
         before = self._context_len[slots]
@@ -49,7 +52,7 @@ class Slots:
         self._context_len[slots] = after
         ends = np.cumsum(query_lens)
         num_tokens = int(ends[-1])
-        assert np.all(self._num_blocks[slots] * self._block_size >= after), (
+        assert np.all(self._num_entries[:, slots] * self._block_size >= after), (
             "a row has more tokens than blocks"
         )
 
@@ -66,15 +69,18 @@ class Slots:
         positions = self._to_device(positions_host)
 
         max_blocks = -(-int(after.max()) // self._block_size)
-        tables = self._block_tables[self._to_device(slots), :max_blocks]
-        blocks = tables[self._to_device(row_of_token), positions // self._block_size]
+        tables = self._block_tables[:, :, :max_blocks].index_select(1, self._to_device(slots))
+        blocks = tables[:, self._to_device(row_of_token), positions // self._block_size]  # [groups, T]
+        slot_mappings = blocks.long() * self._block_size + positions % self._block_size
+        context_lens = after.astype(np.int32)
         samples = plan.row_samples
         return StepInputs(
             token_ids=token_ids,
             positions=positions,
-            slot_mapping=blocks.long() * self._block_size + positions % self._block_size,
-            attention=AttentionMetadata.build(
-                query_lens, after.astype(np.int32), tables, self._block_size, self._device
+            slot_mappings=slot_mappings.unbind(),
+            attention=tuple(
+                AttentionMetadata.build(query_lens, context_lens, table, self._block_size, self._device)
+                for table in tables.unbind()
             ),
             sample_tokens=self._to_device(ends[samples] - 1),
             sample_slots=slots[samples],
@@ -87,23 +93,29 @@ class Slots:
         self._last_token[self._to_device(slots)] = token_ids.clamp_min(0)
 
     def _open_and_append(self, plan: StepPlan) -> None:
-        slots = [plan.appended_slots]
-        blocks = [plan.appended_blocks]
+        num_slots = self._num_entries.shape[1]
+        tables, blocks = [], []  # a table's row: those of one group after those of another
         for opened in plan.opened:
-            self._num_blocks[opened.slot] = 0
+            self._num_entries[:, opened.slot] = 0
             self._context_len[opened.slot] = opened.context_len
-            slots.append(np.full(len(opened.block_ids), opened.slot, np.int32))
-            blocks.append(np.asarray(opened.block_ids, np.int32))
-        rows, ids = np.concatenate(slots), np.concatenate(blocks)
+            for group, block_ids in enumerate(opened.block_ids):
+                tables.append(np.full(len(block_ids), group * num_slots + opened.slot, np.int32))
+                blocks.append(np.asarray(block_ids, np.int32))
+        tables.append(plan.appended_groups * np.int32(num_slots) + plan.appended_slots)
+        blocks.append(plan.appended_blocks)
+        rows, ids = np.concatenate(tables), np.concatenate(blocks)
         if not len(rows):
             return
-        # A slot's blocks come in table order, so the n-th one of a slot here goes n places behind what it has.
+        # A table's blocks come in its order, so the n-th one of a table here goes n places behind what it has.
         order = np.argsort(rows, kind="stable")
         rows, ids = rows[order], ids[order]
         present, first, counts = np.unique(rows, return_index=True, return_counts=True)
-        columns = np.arange(len(rows)) - np.repeat(first, counts) + self._num_blocks[rows]
-        self._num_blocks[present] += counts
-        self._block_tables[self._to_device(rows), self._to_device(columns)] = self._to_device(ids, np.int32)
+        num_entries = self._num_entries.reshape(-1)  # the same memory
+        columns = np.arange(len(rows)) - np.repeat(first, counts) + num_entries[rows]
+        num_entries[present] += counts
+        self._block_tables.flatten(0, 1)[self._to_device(rows), self._to_device(columns)] = self._to_device(
+            ids, np.int32
+        )
 
     def _to_device(self, values: npt.NDArray[np.integer], dtype: type[np.integer] = np.int64) -> Tensor:
         return to_device(np.ascontiguousarray(values, dtype), self._device)

@@ -7,13 +7,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ...kernels.host import to_device
 from ...parallel.group import Group
 from ...parallel.shard_map import ShardMap
 from ..config import JobConfig
-from ..coordinator.plan import NO_TOKEN, Float32, Int32, StepPlan, StepResult
+from ..coordinator.limits import Limits
+from ..coordinator.logprobs import LogprobTable
+from ..coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult, Targets
 from ..models.checkpoint import Checkpoint
 from .decoder import Decoder
 from .kv_cache import KVCache
+from .logprobs import LogprobTensors
 from .sampler import Sampler
 from .slots import Slots
 from .weights import load_weights
@@ -46,18 +50,23 @@ class Worker:
         self.decoder = Decoder(self.spec, self.shard, weights, group, max_model_len)
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache and the slots; plans may be run from here on."""
+        """Make the KV cache and the slots; plans may be run from here on. num_blocks: see `Limits`."""
         cache, scheduler = self._config.cache, self._config.scheduler
+        groups = self.spec.layer_groups
+        limits = Limits.from_config(
+            self._config, num_blocks=num_blocks, max_model_len=self._max_model_len, layer_groups=groups
+        )
         self.cache = KVCache(
             self.spec,
             self.shard,
-            num_blocks=num_blocks,
+            group_blocks=limits.group_blocks,
             block_size=cache.block_size,
             format=cache.dtype,
             dtype=self._dtype,
             device=self.device,
         )
         self.slots = Slots(
+            num_groups=len(groups),
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=self._max_model_len,
             block_size=cache.block_size,
@@ -74,14 +83,31 @@ class Worker:
         inputs = self.slots.apply(plan)
         for opened in plan.opened:
             self._sampler.open(opened.slot, opened.sampling)
-        logits = self.decoder.forward(inputs, self.cache)
+        if plan.copied:
+            self.cache.copy(plan.copied)
+        hidden = self.decoder.forward(inputs, self.cache)
         pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
+        if plan.targets is not None:
+            pending.fetch_prompt(self._prompt_logprobs(hidden, plan.targets))
         if len(inputs.sample_slots):
+            logits = self.decoder.logits(hidden[inputs.sample_tokens])
             token_ids, logprobs = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
             self.slots.store_sampled(inputs.sample_slots, token_ids)
             pending.fetch(token_ids, logprobs)
         pending.finish()
         return pending
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, targets: Targets) -> LogprobTensors:
+        """In pieces of as many rows as may sample: the memory plan has room for the logits of so many."""
+        places, token_ids = to_device(
+            np.stack((targets.places, targets.token_ids)).astype(np.int64), self.device
+        )
+        most = self._config.scheduler.max_num_seqs
+        pieces = [
+            self._sampler.logprobs.of(self.decoder.logits(hidden[some]), wanted, targets.num_top)
+            for some, wanted in zip(places.split(most), token_ids.split(most), strict=True)
+        ]
+        return LogprobTensors(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 class _Clock:
@@ -108,14 +134,19 @@ class PendingResult:
         self._deadline_s = deadline_s
         self._clock = clock
         self._token_ids: torch.Tensor | None = None
-        self._logprobs: torch.Tensor | None = None
+        self._logprobs: LogprobTensors | None = None
+        self._prompt_logprobs: LogprobTensors | None = None
         self._done = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         self._forward_ms = 0.0
 
-    def fetch(self, token_ids: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+    def fetch(self, token_ids: torch.Tensor, logprobs: LogprobTensors | None) -> None:
         """Start the copies to the host; nothing waits for them here."""
         self._token_ids = _to_host(token_ids)
-        self._logprobs = None if logprobs is None else _to_host(logprobs)
+        self._logprobs = None if logprobs is None else LogprobTensors(*map(_to_host, logprobs))
+
+    def fetch_prompt(self, logprobs: LogprobTensors) -> None:
+        """The same for what was asked of prompts."""
+        self._prompt_logprobs = LogprobTensors(*map(_to_host, logprobs))
 
     def finish(self) -> None:
         if self._done is not None:
@@ -148,13 +179,23 @@ class PendingResult:
             self._forward_ms = self._clock.until(self._done)
         samples = self._plan.row_samples
         token_ids: Int32 = np.full(len(samples), NO_TOKEN, np.int32)
-        logprobs: Float32 | None = None
         if self._token_ids is not None:
             token_ids[samples] = self._token_ids.numpy()
-        if self._logprobs is not None:
-            logprobs = np.zeros(len(samples), np.float32)
-            logprobs[samples] = self._logprobs.numpy()
-        return StepResult(self._plan.epoch, self._plan.step_id, token_ids, logprobs, self._forward_ms)
+        return StepResult(
+            self._plan.epoch,
+            self._plan.step_id,
+            token_ids,
+            _table(self._logprobs),
+            self._forward_ms,
+            _table(self._prompt_logprobs),
+        )
+
+
+def _table(logprobs: LogprobTensors | None) -> LogprobTable | None:
+    if logprobs is None:
+        return None
+    token_ids, values, ranks = (tensor.numpy() for tensor in logprobs)
+    return LogprobTable(token_ids.astype(np.int32), values, ranks.astype(np.int32))
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The Python API over a fake engine: shapes, order, errors, aborts."""
 
 import gc
+import math
 import signal
 import sys
 import threading
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvshard.launch.llm import LLM, Logprob
+from kvshard.launch.llm import LLM
+from kvshard.launch.outputs import Logprob
 from kvshard.runtime.coordinator.plan import StepResult
 from kvshard.runtime.errors import ConfigError, RequestError, ShardError
 from kvshard.runtime.sampling_params import SamplingParams
@@ -31,17 +33,43 @@ def engine_of(llm: LLM) -> FakeEngine:
 
 def test_outputs_have_the_known_shape() -> None:
     with LLM(model="m") as llm:
-        [output] = llm.generate("hi", SamplingParams(temperature=0, max_tokens=9, stop=["C"], logprobs=0))
+        [output] = llm.generate("hi", SamplingParams(temperature=0, max_tokens=9, stop=["C"], logprobs=1))
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("0", "hi", [104, 105])
     assert output.finished
     assert output.error is None
     [answer] = output.outputs
     assert (answer.index, answer.text, answer.token_ids) == (0, "AB", [65, 66, 67])
     assert (answer.finish_reason, answer.stop_reason) == ("stop", "C")
-    assert answer.logprobs == [{65: Logprob(-1.0, "A")}, {66: Logprob(-2.0, "B")}, {67: Logprob(-3.0, "C")}]
+    likelier = Logprob(-1.5, 1, "x")
+    assert answer.logprobs == [
+        {65 + index: Logprob(-1.0 - index, 7, "ABC"[index]), ord("x"): likelier} for index in range(3)
+    ]
     assert answer.cumulative_logprob == -6.0
     assert output.metrics.ttft_ms is not None
     assert output.metrics.finished_s is not None
+
+
+def test_log_probabilities_of_the_prompt() -> None:
+    with LLM(model="m") as llm:
+        [plain] = llm.generate("hi", GREEDY)
+        [output] = llm.generate("hi", SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert plain.prompt_logprobs is None
+    assert output.prompt_logprobs == [None, {ord("i"): Logprob(-0.5, 7, "i")}]
+
+
+def test_scores() -> None:
+    with LLM(model="m") as llm:
+        whole, ids = llm.score(["hey", {"prompt_token_ids": [1, 2]}], prompt_logprobs=2)
+        plain = llm.score("hey")[0]
+        assert engine_of(llm).coordinator.stats.num_output_tokens == 0
+        with pytest.raises(RequestError, match=r"prompts\[1\]: .*the text is one token"):
+            llm.score(["hey", "x"])
+    assert (whole.request_id, whole.prompt, whole.prompt_token_ids) == ("0", "hey", [104, 101, 121])
+    assert (whole.logprob_sum, whole.perplexity, whole.error) == (-1.0, math.exp(0.5), None)
+    likelier = {ord("x"): Logprob(-1.5, 1, "x"), ord("y"): Logprob(-2.5, 2, "y")}
+    assert whole.prompt_logprobs[:2] == [None, {ord("e"): Logprob(-0.5, 7, "e")} | likelier]
+    assert (ids.prompt, ids.logprob_sum) == (None, -0.5)
+    assert plain.prompt_logprobs == [None, *({ord(c): Logprob(-0.5, 7, c)} for c in "ey")]
 
 
 def test_results_come_in_the_order_of_the_prompts() -> None:
@@ -83,6 +111,7 @@ def test_the_defaults_come_from_the_settings() -> None:
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"input": {"path": "x"}}, "input belongs to a job file"),
         ({"launcher": "torchrun"}, "launcher=torchrun only runs job files"),
+        ({"task": "score"}, r"task belongs to a job file; call generate\(\), chat\(\) or score\(\)"),
     ],
 )
 def test_bad_settings_start_nothing(settings: dict[str, Any], message: str) -> None:

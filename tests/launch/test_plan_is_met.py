@@ -58,7 +58,7 @@ def check_plan(path: Path, size: int, settings: dict[str, Any]) -> None:
         executor.close()
     assert len(shards) == size
     for planned, held in zip(plan.shards, shards, strict=True):
-        assert held.num_blocks == plan.num_blocks
+        assert held.num_layer_blocks == sum(group.num_layers * group.num_blocks for group in plan.groups)
         assert held.weight_bytes == planned.weight_bytes
         assert held.kv_bytes == planned.kv_bytes
         assert (held.num_q_heads, held.num_kv_heads) == (planned.num_q_heads, planned.num_kv_heads)

@@ -20,7 +20,7 @@ from kvshard.runtime.shard.worker import Worker
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 GREEDY = SlotSampling(
-    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=False, stop_ids=(), stop_from=0
+    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, logprobs=None, stop_ids=(), stop_from=0
 )
 
 
@@ -46,15 +46,20 @@ def make_worker(path: Path, group: Group, poison: bool = True, cache_dtype: str 
     return worker
 
 
-def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, tuple[int, ...]]) -> StepPlan:
+Tables = tuple[tuple[int, ...], ...]  # by layer group
+
+
+def plan(step_id: int, rows: list[tuple[int, list[int]]], opened: dict[int, Tables]) -> StepPlan:
     """Rows of (slot, token ids); every row samples. `opened` gives new slots their blocks."""
     return StepPlan(
         epoch=0,
         step_id=step_id,
         closed_slots=np.array([], np.int32),
-        opened=tuple(OpenedSlot(slot, 0, blocks, GREEDY) for slot, blocks in opened.items()),
+        opened=tuple(OpenedSlot(slot, 0, tables, GREEDY) for slot, tables in opened.items()),
         appended_slots=np.array([], np.int32),
+        appended_groups=np.array([], np.int32),
         appended_blocks=np.array([], np.int32),
+        copied=(),
         row_slots=np.array([slot for slot, _ in rows], np.int32),
         row_num_new_tokens=np.array([len(ids) for _, ids in rows], np.int32),
         row_from_device=np.zeros(len(rows), np.bool_),
@@ -93,9 +98,11 @@ def trace_model(
     """
     worker = make_worker(path, group, cache_dtype=cache_dtype)
     # Block ids in no order, so that a table that is not followed shows.
-    free = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS)).tolist()
+    chance = np.random.default_rng(0)
+    free = [chance.permutation(np.arange(1, num)).tolist() for num in worker.cache.group_blocks]
     tables = {
-        i: tuple(free.pop() for _ in range(-(-len(ids) // BLOCK_SIZE))) for i, ids in enumerate(prompts)
+        i: tuple(tuple(ids.pop() for _ in range(-(-len(prompt) // BLOCK_SIZE))) for ids in free)
+        for i, prompt in enumerate(prompts)
     }
     layers: dict[int, list[list[torch.Tensor]]] = {}
     recorded: list[torch.Tensor] = []
@@ -113,7 +120,8 @@ def trace_model(
         step_plan = plan(step, list(enumerate(part)), tables if step == 0 else {})
         with torch.inference_mode(), mock.patch.object(decoder, "join", recording):
             inputs = worker.slots.apply(step_plan)
-            logits = worker.decoder.forward(inputs, worker.cache)
+            hidden = worker.decoder.forward(inputs, worker.cache)
+            logits = worker.decoder.logits(hidden[inputs.sample_tokens])
         lengths = [len(ids) for ids in part]
         for layer, residual in enumerate(recorded[1::2]):  # the second sum of a layer ends it
             layers.setdefault(layer, []).append(list(residual.split(lengths)))

@@ -65,7 +65,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(values: dict, key: str, 
         ({"timeouts": {"step_s": 0}}, ["timeouts.step_s=0", "greater than 0"]),
         ({"sampling": {"top_p": 0}}, ["sampling.top_p=0", "greater than 0"]),
         ({"sampling": {"stop": [""]}}, ["sampling.stop", "must not be empty"]),
-        ({"sampling": {"logprobs": 5}}, ["logprobs=5", "use 0 or null"]),
+        ({"sampling": {"logprobs": 21}}, ["sampling.logprobs=21", "less than or equal to 20"]),
+        (
+            {"sampling": {"prompt_logprobs": -1}},
+            ["sampling.prompt_logprobs=-1", "greater than or equal to 0"],
+        ),
+        ({"task": "rate"}, ["task='rate'", "'generate' or 'score'"]),
+        (
+            {"task": "score", "sampling": {"prompt_logprobs": 3, "top_p": 0.5}},
+            ["sampling.top_p=0.5 has no meaning with task: score; leave it out"],
+        ),
     ],
 )
 def test_a_bad_value_is_refused_by_name(values: dict, parts: list[str]) -> None:

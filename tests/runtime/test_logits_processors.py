@@ -62,7 +62,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def sampling(rules: LogitsRules | None, **changes: Any) -> SlotSampling:
-    values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "logprobs": False}
+    values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "logprobs": None}
     return SlotSampling(**{**values, "stop_ids": (), "stop_from": 0, "rules": rules, **changes})
 
 
@@ -270,17 +270,17 @@ def sampler_of(*opened: SlotSampling) -> Sampler:
 def test_a_sampler_counts_what_it_chose(settings: dict[str, Any]) -> None:
     """Step by step: the token is one that the changed logits give, and the log probability is of the raw ones."""
     rules = RULES["all"]
-    sampler = sampler_of(sampling(rules, logprobs=True, **settings))
+    sampler = sampler_of(sampling(rules, logprobs=0, **settings))
     output = list(OUTPUT)
     for step in range(30):
         logits = random_logits(1, step)
         plain = sampler_of(sampling(None, **settings))
         slots, positions = np.zeros(1, np.int32), np.array([step])
-        token_ids, logprobs = sampler.sample(logits, slots, positions)
+        token_ids, table = sampler.sample(logits, slots, positions)
         changed = defined(logits[0], rules, output, ())[None]
         assert token_ids == plain.sample(changed, slots, positions)[0]
-        assert logprobs is not None
-        torch.testing.assert_close(logprobs[0], logits[0].log_softmax(0)[token_ids[0]])
+        assert table is not None
+        torch.testing.assert_close(table.logprobs[0, 0], logits[0].log_softmax(0)[token_ids[0]])
         output.append(int(token_ids))
     assert len(set(output)) > 5
 

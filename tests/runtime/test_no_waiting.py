@@ -44,18 +44,20 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def sampling(**changes: float | LogitsRules) -> SlotSampling:
     values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "stop_from": 0}
-    return SlotSampling(**(values | {"logprobs": True, "stop_ids": (3,)} | changes))  # type: ignore[arg-type]
+    return SlotSampling(**(values | {"logprobs": 0, "stop_ids": (3,)} | changes))  # type: ignore[arg-type]
 
 
 def test_laying_out_a_step(copies: list[bool]) -> None:
-    slots = Slots(max_num_seqs=4, max_model_len=64, block_size=4, device=META)
+    slots = Slots(num_groups=2, max_num_seqs=4, max_model_len=64, block_size=4, device=META)
     plan = StepPlan(
         epoch=0,
         step_id=0,
         closed_slots=np.array([], np.int32),
-        opened=(OpenedSlot(0, 0, (3, 4), sampling()), OpenedSlot(2, 0, (7,), sampling())),
-        appended_slots=np.array([], np.int32),
-        appended_blocks=np.array([], np.int32),
+        opened=(OpenedSlot(0, 0, ((3, 4), ()), sampling()), OpenedSlot(2, 0, ((7,), (5,)), sampling())),
+        appended_slots=np.array([0, 0], np.int32),
+        appended_groups=np.array([1, 1], np.int32),
+        appended_blocks=np.array([1, 2], np.int32),
+        copied=(),
         row_slots=np.array([0, 2], np.int32),
         row_num_new_tokens=np.array([5, 1], np.int32),
         row_from_device=np.array([False, True]),
@@ -72,7 +74,7 @@ def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sampling_ops._MODULES, "meta", ".cpu.sampling_torch")
     sampler = Sampler(Group.single(META), range(100), 100, 4, META)
     sampler.open(0, sampling(stop_from=9))
-    sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1))
+    sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, logprobs=7))
     sampler.open(2, sampling(temperature=1.0, top_p=0.5))
     logits = torch.empty(3, 100, device=META)
     with pytest.raises(RuntimeError):
@@ -80,6 +82,7 @@ def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     token_ids, logprobs = sampler.sample(logits, np.arange(3, dtype=np.int32), np.array([4, 4, 4]))
     assert token_ids.shape == (3,)
     assert logprobs is not None
+    assert logprobs.token_ids.shape == (3, 8)
     assert len(copies) == 3
     assert all(copies)
 

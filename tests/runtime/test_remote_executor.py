@@ -139,7 +139,7 @@ class FakeLauncher:
 def empty_plan(step_id: int) -> StepPlan:
     none, one = np.zeros(0, np.int32), np.zeros(1, np.int32)
     yes = np.ones(1, np.bool_)
-    return StepPlan(0, step_id, none, (), none, none, one, one + 1, yes, yes, none)
+    return StepPlan(0, step_id, none, (), none, none, none, (), one, one + 1, yes, yes, none)
 
 
 @contextmanager

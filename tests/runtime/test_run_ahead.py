@@ -5,20 +5,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_models import make_family_model
 from models_factory import make_llama
 from poisoned_cache import NUM_TOKENS, OneLetterEach, PoisoningExecutor, generate, start
 
+from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import StepPlan
 from kvshard.runtime.coordinator.request import Request
+from kvshard.runtime.coordinator.samples import Samples
 from kvshard.runtime.sampling_params import SamplingParams
 
 SHARED = [88, 4, 31, 70, 12, 3, 56, 9, 41, 27, 66]  # its first 8 tokens are two blocks
 PROMPTS = {"a": [5, 17, 99, 3, 42], "b": [61, 2, 30, 8, 8, 19, 77], "c": [9, 54, 12]}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["full attention", "windows"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layers with full attention, or one of two with a window: two layer groups, each with its own blocks."""
+    path = tmp_path_factory.mktemp("model")
+    if request.param == "full attention":
+        return make_llama(path)
+    make_family_model("qwen2_windows", sliding_window=9).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +46,10 @@ def test_poison_is_read_where_the_table_is_wrong(model: Path) -> None:
     assert isinstance(executor, PoisoningExecutor)
     wrong = executor._follow
 
-    def follow_and_forget(plan: StepPlan) -> set[int]:
+    def follow_and_forget(plan: StepPlan) -> list[set[int]]:
         empty = wrong(plan)
-        for blocks in executor._blocks_of.values():
-            blocks.clear()
+        for tables in executor._tables.values():
+            tables[0].clear()
         return empty
 
     executor._follow = follow_and_forget  # type: ignore[method-assign]
@@ -206,7 +214,34 @@ def test_a_shared_prefix_that_is_not_there_yields_no_token(model: Path, run_ahea
     coordinator = start(model, run_ahead=run_ahead)
     executor = coordinator._executor
     assert isinstance(executor, PoisoningExecutor)
-    executor.is_kept = lambda block: False
+    executor.forget_published = True
     prompts = {"first": SHARED, "other": PROMPTS["a"], "again": SHARED}
     reasons = [generate(coordinator, {name: prompt})[name].finish_reason for name, prompt in prompts.items()]
     assert reasons == ["length", "length", "error"]
+
+
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_samples_go_on_from_a_copy_of_a_block_that_is_not_full(model: Path, cache_dtype: str) -> None:
+    """Of 11 prompt tokens, the later ones find two blocks of 4, and copy 2 tokens; the last is always computed."""
+
+    def samples() -> list[Request]:
+        sampling = SamplingParams(n=3, temperature=0.7, seed=5, max_tokens=NUM_TOKENS)
+        return Samples(Request.new("s", SHARED, sampling)).requests
+
+    def run(requests: list[Request]) -> Coordinator:
+        coordinator = start(model, cache_dtype=cache_dtype)
+        for request in requests:
+            coordinator.add(request)
+        while coordinator.has_work:
+            coordinator.step()
+            coordinator.check_integrity()
+        return coordinator
+
+    together, alone = samples(), samples()
+    assert run(together).stats.num_cached_prompt_tokens == 2 * 10
+    for request in alone:
+        run([request])
+    assert [request.output_token_ids for request in together] == [
+        request.output_token_ids for request in alone
+    ]
+    assert len({tuple(request.output_token_ids) for request in together}) == 3

@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def settings(**changes: Any) -> SlotSampling:
-    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": SEED, "logprobs": False}
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": SEED, "logprobs": None}
     return SlotSampling(**{**values, "stop_ids": (), "stop_from": 0, **changes})
 
 
@@ -52,10 +52,11 @@ def sampler_of(vocab_size: int, *slots: SlotSampling) -> RecordingSampler:
 
 
 def run(sampler: Sampler, logits: Tensor, positions: list[int] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Row r is slot r, at position r if none are given."""
+    """The tokens and their log probabilities. Row r is slot r, at position r if none are given."""
     slots = np.arange(len(logits), dtype=np.int32)
     places = slots.astype(np.int64) if positions is None else np.array(positions, np.int64)
-    return sampler.sample(logits, slots, places)
+    token_ids, table = sampler.sample(logits, slots, places)
+    return token_ids, None if table is None else table.logprobs[:, 0]
 
 
 def draw(logits: list[float] | Tensor, sampling: SlotSampling, count: int) -> npt.NDArray[np.int64]:
@@ -164,7 +165,7 @@ def test_end_tokens_are_suppressed_until_their_position(greedy: bool) -> None:
     logits = torch.zeros(5, 50)
     logits[:, 7], logits[:, 8], logits[:, 9] = 90.0, 60.0, 30.0
     changes = GREEDY if greedy else {"top_k": 5}
-    early = settings(stop_ids=(7, 8), stop_from=3, logprobs=True, **changes)
+    early = settings(stop_ids=(7, 8), stop_from=3, logprobs=0, **changes)
     before = logits.clone()
     token_ids, logprobs = run(sampler_of(50, *[early] * 5), logits)
     assert token_ids.tolist() == [9, 9, 9, 7, 7]
@@ -176,7 +177,7 @@ def test_end_tokens_are_suppressed_until_their_position(greedy: bool) -> None:
 
 def test_logprobs_are_log_softmax_of_the_raw_logits_for_the_whole_batch() -> None:
     logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(5)) * 4
-    slots = [settings(**GREEDY), settings(temperature=0.3, top_k=5, logprobs=True), *[settings()] * 4]
+    slots = [settings(**GREEDY), settings(temperature=0.3, top_k=5, logprobs=0), *[settings()] * 4]
     token_ids, logprobs = run(sampler_of(2000, *slots), logits)
     expected = logits.double().log_softmax(1).gather(1, token_ids[:, None])[:, 0]
     assert logprobs is not None
@@ -184,10 +185,38 @@ def test_logprobs_are_log_softmax_of_the_raw_logits_for_the_whole_batch() -> Non
     torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("vocab_size", "num_top"), [(2000, 20), (333, 1), (333, 0), (5, 20)])
+@pytest.mark.parametrize("kind", ["random", "tied", "zeros"])
+def test_the_most_likely_tokens_with_their_ranks(kind: str, vocab_size: int, num_top: int) -> None:
+    logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(8)) * 2
+    if kind == "tied":
+        logits = logits.round()
+    elif kind == "zeros":  # of either sign: they are equal
+        logits = torch.where(logits > 0, 0.0, -0.0)
+    sampler = sampler_of(vocab_size, *[settings(logprobs=num_top)] * 4)
+    chosen, table = sampler.sample(logits, np.arange(4, dtype=np.int32), np.zeros(4, np.int64))
+    assert table is not None
+    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :num_top]
+    expected_ids = torch.cat((chosen[:, None], order), 1)
+    assert torch.equal(table.token_ids, expected_ids)
+    expected = logits.double().log_softmax(1).gather(1, expected_ids)
+    torch.testing.assert_close(table.logprobs.double(), expected, atol=1e-6, rtol=1e-6)
+    greater = logits[:, None, :] > logits.gather(1, expected_ids)[:, :, None]
+    assert torch.equal(table.ranks, greater.sum(2) + 1)
+
+
+def test_as_many_tokens_as_the_row_that_wants_most() -> None:
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(9))
+    slots = [settings(logprobs=num_top) for num_top in (None, 0, 7, 2)]
+    _, table = sampler_of(50, *slots).sample(logits, np.arange(4, dtype=np.int32), np.zeros(4, np.int64))
+    assert table is not None
+    assert table.token_ids.shape == table.logprobs.shape == table.ranks.shape == (4, 8)
+
+
 def test_a_reopened_slot_forgets_what_was_set_before() -> None:
     logits = torch.randn(1, 100, generator=torch.Generator().manual_seed(6))
     best = int(logits.argmax())
-    first = settings(**GREEDY, stop_ids=(3, 4, best), stop_from=10, logprobs=True)
+    first = settings(**GREEDY, stop_ids=(3, 4, best), stop_from=10, logprobs=0)
     sampler = sampler_of(100, first)
     token_ids, logprobs = run(sampler, logits)
     assert token_ids.item() != best
@@ -201,7 +230,7 @@ def test_a_reopened_slot_forgets_what_was_set_before() -> None:
 @pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf, "all -inf"])
 def test_a_broken_row_gets_no_token_and_harms_no_other(poison: float | str) -> None:
     slots = [settings(**GREEDY), settings(), settings(top_k=2), settings(top_p=0.5), settings(min_p=0.5)]
-    slots = [*slots, settings(top_k=3, top_p=0.5, min_p=0.1), settings(logprobs=True)]
+    slots = [*slots, settings(top_k=3, top_p=0.5, min_p=0.1), settings(logprobs=0)]
     whole = torch.randn(14, 40, generator=torch.Generator().manual_seed(7))
     broken = whole.clone()
     if isinstance(poison, str):

@@ -72,7 +72,7 @@ class ThreadGroup:
 
 
 def settings(**changes: Any) -> SlotSampling:
-    values = {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 77, "logprobs": True}
+    values = {"temperature": 0.9, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 77, "logprobs": 0}
     return SlotSampling(**{**values, "stop_ids": (), "stop_from": 0, **changes})
 
 
@@ -89,6 +89,8 @@ CHANGES = LogitsRules(
 KINDS = [
     {"temperature": 0.0},
     {"temperature": 0.0, "stop_ids": (0, 1, 500, 1002), "stop_from": 1000},
+    {"logprobs": 20},
+    {"logprobs": 3},
     {},
     {"top_k": 1},
     {"top_k": 20},
@@ -125,7 +127,7 @@ def shares(world_size: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise([0, *borders, VOCAB_SIZE])]
 
 
-Result = tuple[list[int], list[int]]
+Result = tuple[list[int], list[list[tuple[int, int, int]]]]
 
 
 def sample(
@@ -135,17 +137,21 @@ def sample(
     slots: list[int],
     opened: list[SlotSampling] = SLOTS,
 ) -> Result:
-    """Token ids and the bits of the logprobs; row i of `logits` belongs to slots[i], at position 100 + slot."""
+    """Token ids and, as far as a row wants them, (token id, bits of the logprob, rank) of it and the most likely ones.
+
+    Row i of `logits` belongs to slots[i], at position 100 + slot.
+    """
     sampler = Sampler(group, rows, VOCAB_SIZE, len(opened), CPU)  # type: ignore[arg-type]
     for slot, sampling in enumerate(opened):
         sampler.open(slot, sampling)
     slot_array = np.array(slots, np.int32)
     positions = slot_array.astype(np.int64) + 100
-    token_ids, logprobs = sampler.sample(
-        logits[:, rows.start : rows.stop].contiguous(), slot_array, positions
-    )
-    assert logprobs is not None
-    return token_ids.tolist(), logprobs.view(torch.int32).tolist()
+    token_ids, table = sampler.sample(logits[:, rows.start : rows.stop].contiguous(), slot_array, positions)
+    assert table is not None
+    columns = table.token_ids.tolist(), table.logprobs.view(torch.int32).tolist(), table.ranks.tolist()
+    wanted = [1 + (opened[slot].logprobs or 0) for slot in slots]
+    places = [list(zip(*values, strict=True)) for values in zip(*columns, strict=True)]
+    return token_ids.tolist(), [place[:count] for place, count in zip(places, wanted, strict=True)]
 
 
 def on_threads(world_size: int, run: Callable[[ThreadGroup, range], Result]) -> list[Result]:
@@ -185,7 +191,7 @@ def test_every_rank_and_every_size_gives_the_same_bits(world_size: int, kind: st
 def test_batches_of_one_kind_are_the_same_for_every_size(kind: dict[str, Any]) -> None:
     """These take the short cuts: stages that no row needs are left out."""
     logits = make_logits("tied")
-    opened = [settings(**kind, seed=index, logprobs=index == 3) for index in EVERY_SLOT]
+    opened = [settings(**{"logprobs": 0 if index == 3 else None} | kind, seed=index) for index in EVERY_SLOT]
     expected = unsharded(logits, EVERY_SLOT, opened)
     for result in on_threads(3, lambda group, rows: sample(group, rows, logits, EVERY_SLOT, opened)):
         assert result == expected

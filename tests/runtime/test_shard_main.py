@@ -34,7 +34,7 @@ JOB = ShardJob(
 
 def plan(step_id: int) -> StepPlan:
     none, one, no = np.zeros(0, np.int32), np.ones(1, np.int32), np.zeros(1, np.bool_)
-    return StepPlan(0, step_id, none, (), none, none, one, one, no, no, one)
+    return StepPlan(0, step_id, none, (), none, none, none, (), one, one, no, no, one)
 
 
 class FakeLink:

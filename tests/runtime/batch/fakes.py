@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from kvshard.runtime.config import JobConfig
+from kvshard.runtime.config import JobConfig, Task
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
 from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
-from kvshard.runtime.coordinator.plan import NO_TOKEN, StepPlan, StepResult
+from kvshard.runtime.coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.errors import RequestError, ShardError
 from kvshard.runtime.models.prompt import Prompt
@@ -36,7 +37,8 @@ class FakeTokenizer:
 
 
 class FakeExecutor:
-    """The n-th token that a slot samples is the n-th letter from A, or from B for sample 1; its log probability is -n."""
+    """The n-th token that a slot samples is the n-th letter from A, or from B for sample 1; its log probability is -n, and x
+    and y are likelier."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s
@@ -63,19 +65,34 @@ class FakeExecutor:
             self._sampled[opened.slot] = 0
             self._first[opened.slot] = opened.sampling.sample_index
         token_ids = np.full(plan.num_rows, NO_TOKEN, np.int32)
-        logprobs = np.zeros(plan.num_rows, np.float32)
+        logprobs: list[float] = []
         for row, slot in enumerate(plan.row_slots.tolist()):
-            if plan.row_samples[row] and not self.fails(self._first[slot]):
-                token_ids[row] = ord("A") + (self._first[slot] + self._sampled[slot]) % 26
+            if plan.row_samples[row]:
+                if not self.fails(self._first[slot]):
+                    token_ids[row] = ord("A") + (self._first[slot] + self._sampled[slot]) % 26
                 self._sampled[slot] += 1
-                logprobs[row] = -self._sampled[slot]
-        return StepResult(plan.epoch, plan.step_id, token_ids, logprobs, 0.0)
+                logprobs.append(-self._sampled[slot])
+        of_prompts = None
+        if plan.targets is not None:
+            of_prompts = _table(plan.targets.token_ids, [-0.5] * len(plan.targets.token_ids))
+        table = _table(token_ids[plan.row_samples], logprobs)
+        return StepResult(plan.epoch, plan.step_id, token_ids, table, 0.0, of_prompts)
 
     def health(self) -> list[ShardHealth]:
         return [ShardHealth(0, self.num_results, 3 * 2**30)]
 
     def close(self) -> None:
         self.closed = True
+
+
+def _table(token_ids: Int32, logprobs: list[float]) -> LogprobTable:
+    """Tokens of rank 7; x and y are the most likely ones."""
+    count = len(token_ids)
+    return LogprobTable(
+        np.column_stack((token_ids, np.full((count, 2), (ord("x"), ord("y"))))).astype(np.int32),
+        np.column_stack((np.array(logprobs), np.full((count, 2), (-1.5, -2.5)))).astype(np.float32),
+        np.full((count, 3), (7, 1, 2), np.int32),
+    )
 
 
 class FakeEngine:
@@ -111,14 +128,16 @@ class FakeEngine:
         cls.prepare(engine)
         return engine
 
-    def make_request(self, request_id: str, prompt: Prompt, sampling: SamplingParams) -> Request:
+    def make_request(
+        self, request_id: str, prompt: Prompt, sampling: SamplingParams, task: Task = "generate"
+    ) -> Request:
         if isinstance(prompt, str):
             token_ids = [ord(character) for character in prompt]
         else:
             token_ids = [item if isinstance(item, int) else len(item["content"]) for item in prompt]
         if "\0" in str(prompt):
             raise RequestError("this prompt cannot be tokenised")
-        return Request.new(request_id, token_ids, sampling, self.config.seed)
+        return Request.new(request_id, token_ids, sampling, self.config.seed, task=task)
 
     def close(self) -> None:
         self.executor.close()

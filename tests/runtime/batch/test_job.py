@@ -1,6 +1,7 @@
 """The batch loop: every row answered or failed once, the coordinator kept busy, a clean stop."""
 
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,9 @@ from .fakes import FakeEngine
 SAMPLING = SamplingParams(temperature=0, max_tokens=3)
 
 
-def make_config(**scheduler: Any) -> JobConfig:
-    return parse_config({"model": "m", "scheduler": {"max_num_seqs": 4, **scheduler}}, "test")
+def make_config(task: str = "generate", **scheduler: Any) -> JobConfig:
+    values = {"model": "m", "task": task, "scheduler": {"max_num_seqs": 4, **scheduler}}
+    return parse_config(values, "test")
 
 
 def rows(count: int, sampling: SamplingParams = SAMPLING) -> Iterator[Row | BadRow]:
@@ -68,7 +70,7 @@ def test_every_row_is_answered_once(tmp_path: Path) -> None:
 
 
 def test_the_answer_of_a_completion(tmp_path: Path) -> None:
-    sampling = SamplingParams(temperature=0, max_tokens=9, stop="C", logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=9, stop="C", logprobs=1)
     _, [line] = run(tmp_path / "out.jsonl", iter([Row("é", [1, 2], False, sampling)]))
     body = line["response"]["body"]
     assert line["id"].startswith("batch_req_")
@@ -82,7 +84,11 @@ def test_the_answer_of_a_completion(tmp_path: Path) -> None:
             "finish_reason": "stop",
             "stop_reason": "C",
             "token_ids": [65, 66, 67],
-            "logprobs": {"tokens": ["A", "B", "C"], "token_logprobs": [-1.0, -2.0, -3.0]},
+            "logprobs": {
+                "tokens": ["A", "B", "C"],
+                "token_logprobs": [-1.0, -2.0, -3.0],
+                "top_logprobs": [{"x": -1.5}] * 3,
+            },
         }
     ]
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
@@ -90,7 +96,7 @@ def test_the_answer_of_a_completion(tmp_path: Path) -> None:
 
 def test_the_answer_of_a_chat(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    with_logprobs = SamplingParams(max_tokens=1, logprobs=0)
+    with_logprobs = SamplingParams(max_tokens=1, logprobs=2)
     source = iter([Row("a", messages, True, SAMPLING), Row("b", messages, True, with_logprobs)])
     _, lines = run(tmp_path / "out.jsonl", source)
     by_id = {line["custom_id"]: line["response"]["body"] for line in lines}
@@ -105,7 +111,8 @@ def test_the_answer_of_a_chat(tmp_path: Path) -> None:
             "logprobs": None,
         }
     ]
-    content = [{"token": "A", "logprob": -1.0, "top_logprobs": []}]
+    top = [{"token": "x", "logprob": -1.5}, {"token": "y", "logprob": -2.5}]
+    content = [{"token": "A", "logprob": -1.0, "top_logprobs": top}]
     assert by_id["b"]["choices"][0]["logprobs"] == {"content": content}
 
 
@@ -159,6 +166,56 @@ def test_a_job_stopped_between_samples_writes_their_row_once(tmp_path: Path) -> 
     assert (summary.num_ok, summary.num_skipped) == (2, 1)
     assert [line["custom_id"] for line in lines] == ["r0", "r1", "r2"]
     assert {len(line["response"]["body"]["choices"]) for line in lines} == {2}
+
+
+def test_log_probabilities_of_the_prompt(tmp_path: Path) -> None:
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    _, [line] = run(tmp_path / "out.jsonl", iter([Row("a", "hey", False, wanted)]))
+    x = {"120": {"logprob": -1.5, "rank": 1, "decoded_token": "x"}}
+    assert line["response"]["body"]["prompt_logprobs"] == [
+        None,
+        {"101": {"logprob": -0.5, "rank": 7, "decoded_token": "e"}} | x,
+        {"121": {"logprob": -0.5, "rank": 7, "decoded_token": "y"}} | x,
+    ]
+
+
+def test_texts_are_scored(tmp_path: Path) -> None:
+    engine, progress = FakeEngine(make_config("score")), Watched()
+    source = [
+        Row("text", "hey", False, SamplingParams()),
+        Row("chat", [{"role": "user", "content": "hi"}] * 3, True, SamplingParams(prompt_logprobs=1)),
+        Row("answer", "hey", False, SAMPLING),
+        Row("short", "x", False, SamplingParams()),
+    ]
+    summary, lines = run(tmp_path / "out.jsonl", iter(source), engine, progress=progress)
+    by_id = {line["custom_id"]: line for line in lines}
+    body = by_id["text"]["response"]["body"]
+    assert by_id["text"]["response"]["status_code"] == 200
+    assert (body.pop("id")[:6], body.pop("created") > 0) == ("score-", True)
+    assert body == {
+        "object": "text_score",
+        "model": "m",
+        "logprob_sum": -1.0,
+        "perplexity": math.exp(0.5),
+        "prompt_token_ids": [104, 101, 121],
+        "prompt_logprobs": [
+            None,
+            {"101": {"logprob": -0.5, "rank": 7, "decoded_token": "e"}},
+            {"121": {"logprob": -0.5, "rank": 7, "decoded_token": "y"}},
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3},
+    }
+    assert len(by_id["chat"]["response"]["body"]["prompt_logprobs"][2]) == 2
+    assert "temperature=0.0 has no meaning with task: score" in by_id["answer"]["error"]["message"]
+    assert "the text is one token" in by_id["short"]["error"]["message"]
+    assert (summary.num_ok, summary.num_failed, summary.num_prompt_tokens, summary.num_output_tokens) == (
+        2,
+        2,
+        6,
+        0,
+    )
+    assert (summary.num_scored_tokens, summary.logprob_sum) == (4, -2.0)
+    assert progress.last == (4, 2, 6)
 
 
 def test_bad_rows_fail_and_the_others_go_on(tmp_path: Path) -> None:
@@ -288,7 +345,7 @@ def test_what_the_shards_used(tmp_path: Path) -> None:
     engine = FakeEngine(make_config())
     summary, _ = run(tmp_path / "out.jsonl", rows(4), engine)
     first, second = summary.shards
-    blocks = engine.coordinator.stats.peak_used_blocks
+    blocks = engine.coordinator.stats.peak_used_layer_blocks
     assert blocks > 0
     assert (first.peak_kv_bytes, first.peak_memory_bytes) == (blocks * 2**20, 3 * 2**30)
     assert (second.peak_kv_bytes, second.peak_memory_bytes) == (blocks * 2**19, None)  # it did not answer

@@ -151,7 +151,10 @@ def test_a_line_without_a_usable_id_is_named_after_its_line(tmp_path: Path, line
         ({**CHAT, "temperature": -1}, "temperature=-1"),
         ({**CHAT, "temperature": float("nan")}, "temperature=NaN"),
         ({**CHAT, "min_tokens": 8}, "min_tokens=8 is more than max_tokens=7"),
-        ({**CHAT, "logprobs": 3}, "logprobs=3"),
+        ({**CHAT, "logprobs": 21}, "logprobs=21: Input should be less than or equal to 20"),
+        ({**CHAT, "logprobs": -1}, "logprobs=-1"),
+        ({**CHAT, "logprobs": False, "top_logprobs": 5}, "top_logprobs=5 needs logprobs=true"),
+        ({**CHAT, "top_logprobs": 5}, "top_logprobs=5 needs logprobs=true"),
         ({**CHAT, "stop_token_ids": ["x"]}, 'stop_token_ids.0="x"'),
         ({**CHAT, "temperature": float("inf")}, "temperature=Infinity"),
         # No plan could hold these.

@@ -1,8 +1,9 @@
 """Shards without a model, which trust no plan: each rule that a plan must keep is checked.
 
-The "KV cache" holds the token written at each place, and the next token is a hash of the sequence as
-read back from there. So a wrong block, a lost token or a stale one changes what comes out, and the
-right answer can be computed without any cache.
+The "KV cache" holds, in every layer group, the token written at each place, and the next token is a hash of
+what each group sees as read back from there: the sequence, or as much of its end as the window is wide. So a
+wrong block, a lost token or a stale one changes what comes out, and the right answer can be computed without
+any cache.
 """
 
 import zlib
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from kvshard.runtime.config import Task
 from kvshard.runtime.coordinator.limits import Limits
+from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.loop import Coordinator
 from kvshard.runtime.coordinator.plan import (
     NO_TOKEN,
@@ -19,12 +22,15 @@ from kvshard.runtime.coordinator.plan import (
     SlotSampling,
     StepPlan,
     StepResult,
+    Targets,
     decode_plan,
     decode_result,
     encode_plan,
     encode_result,
 )
 from kvshard.runtime.coordinator.request import Request
+from kvshard.runtime.coordinator.scoring import prompt_places
+from kvshard.runtime.models.spec import LayerGroup
 from kvshard.runtime.sampling_params import SamplingParams
 
 POISON = -7  # in every place of the cache that nobody has written, or that was given up
@@ -46,8 +52,34 @@ def noise_key(seed: int, sample_index: int) -> int:
     return seed + 1000003 * sample_index
 
 
-def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tuple[list[int], str]:
+def token_logprob(sequence: list[int], token_id: int, seed: int) -> float:
+    """The "log probability" of `token_id` after `sequence`."""
+    return -float(zlib.crc32(np.array([token_id, *sequence], np.int64).tobytes(), seed % 2**31) % 1000) / 100
+
+
+Windows = tuple[int | None, ...]  # of the layer groups
+
+
+def seen(sequence: list[int], windows: Windows) -> list[int]:
+    """What the layer groups see of a sequence, one after the other."""
+    return [token for window in windows for token in sequence[0 if window is None else -window :]]
+
+
+def expected_prompt(request: Request, windows: Windows = (None,)) -> list[tuple[int, float, int]]:
+    """(token, log probability, rank) of each prompt token but the first."""
+    prompt, seed = request.prompt_token_ids, request.seed
+    return [
+        (prompt[at], token_logprob(seen(prompt[:at], windows), prompt[at], seed), 1)
+        for at in range(1, len(prompt))
+    ]
+
+
+def expected(
+    request: Request, eos: tuple[int, ...], max_model_len: int, windows: Windows = (None,)
+) -> tuple[list[int], str]:
     """(output tokens, finish reason) by definition, one token at a time; stop strings are left out."""
+    if request.task == "score":
+        return [], "length"
     sampling = request.sampling
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos))
     room = max_model_len - len(request.prompt_token_ids)
@@ -55,17 +87,25 @@ def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tupl
     output: list[int] = []
     while True:
         suppressed = ends if len(output) < sampling.min_tokens else ()
+        sequence = seen(request.prompt_token_ids + output, windows)
         key = noise_key(request.seed, request.sample_index)
-        output.append(next_token(request.prompt_token_ids + output, key, suppressed)[0])
+        output.append(next_token(sequence, key, suppressed)[0])
         if output[-1] in ends and len(output) > sampling.min_tokens:
             return output, "stop"
         if len(output) == most:
             return output, "length"
 
 
+def make_table(tokens: list[tuple[int, float]]) -> LogprobTable:
+    """Places where no other tokens are looked at."""
+    columns = np.array(tokens, np.float64).reshape(-1, 2, 1)
+    ones = np.ones((len(tokens), 1), np.int32)
+    return LogprobTable(columns[:, 0].astype(np.int32), columns[:, 1].astype(np.float32), ones)
+
+
 class _Slot:
     def __init__(self, opened: OpenedSlot) -> None:
-        self.blocks = list(opened.block_ids)
+        self.tables = [list(block_ids) for block_ids in opened.block_ids]
         self.context_len = opened.context_len
         self.sampling = opened.sampling
         self.last_sampled: int | None = None
@@ -78,14 +118,14 @@ class FakeShards:
     def __init__(self, limits: Limits, epoch: int = 0) -> None:
         self.limits = limits
         self.epoch = epoch
-        self.cache = np.full((limits.num_blocks, limits.block_size), POISON, np.int64)
-        self.owners: dict[int, set[int]] = {}  # block -> the slots that hold it
-        self.is_kept: Callable[[int], bool] = lambda block: (
-            False
-        )  # whether its contents may be asked for again
+        self.windows = tuple(group.window for group in limits.layer_groups)
+        self.caches = [np.full((num, limits.block_size), POISON, np.int64) for num in limits.group_blocks]
+        self.owners: dict[tuple[int, int], set[int]] = {}  # (layer group, block) -> the slots that hold it
+        # Whether the contents of a group's block may be asked for again.
+        self.is_kept: Callable[[int, int], bool] = lambda group, block: False
         self.slots: dict[int, _Slot] = {}
         self.plans: list[StepPlan] = []
-        self.without_token: Callable[[list[int], int], bool] = lambda sequence, seed: False
+        self.without_token: Callable[[int, int], bool] = lambda num_tokens, seed: False
         self._in_flight: deque[bytes] = deque()
 
     def submit(self, plan: StepPlan) -> None:
@@ -97,12 +137,25 @@ class FakeShards:
         assert len(set(plan.row_slots.tolist())) == plan.num_rows, "a slot is in two rows"
         for slot in plan.closed_slots.tolist():
             self._close(slot)
+        for slot in self.slots:
+            self._pass(slot)
         for opened in plan.opened:
             self._open(opened)
-        for slot, block in zip(plan.appended_slots.tolist(), plan.appended_blocks.tolist(), strict=True):
+        appended = (plan.appended_slots, plan.appended_groups, plan.appended_blocks)
+        for slot, group, block in zip(*(values.tolist() for values in appended), strict=True):
             assert slot in self.slots, f"a block for slot {slot}, which is not open"
-            self._own(slot, block)
-            self.slots[slot].blocks.append(block)
+            self._own(slot, group, block)
+            self.slots[slot].tables[group].append(block)
+        targets = {(group, target) for group, _, target in plan.copied}
+        assert len(targets) == len(plan.copied), "two copies into one block"
+        for group, source, target in plan.copied:
+            assert (group, source) not in targets, "a block is copied that is a copy of the same plan"
+            [slot] = self.owners[group, target]
+            num_valid = self.slots[slot].context_len % self.limits.block_size
+            assert POISON not in self.caches[group][source, :num_valid], (
+                f"block {source} is copied and not filled"
+            )
+            self.caches[group][target, :num_valid] = self.caches[group][source, :num_valid]
         self._in_flight.append(encode_result(self._run_rows(plan)))
         assert len(self._in_flight) <= self.limits.run_ahead + 1, "too many plans in flight"
 
@@ -113,30 +166,50 @@ class FakeShards:
         assert 0 <= opened.slot < self.limits.max_num_seqs
         assert opened.slot not in self.slots, f"slot {opened.slot} is open already"
         self.slots[opened.slot] = _Slot(opened)
-        num_shared, rest = divmod(opened.context_len, self.limits.block_size)
-        assert rest == 0, "part of a block is shared"
-        for block in opened.block_ids[:num_shared]:
-            assert POISON not in self.cache[block], f"block {block} is shared and not full"
-            self.owners.setdefault(block, set()).add(opened.slot)
-        for block in opened.block_ids[num_shared:]:
-            self._own(opened.slot, block)
+        num_shared = opened.context_len // self.limits.block_size
+        for group, block_ids in enumerate(opened.block_ids):
+            first = self._first_seen(group, opened.context_len)
+            assert not any(block_ids[:first]), "a block is shared that no query sees"
+            for block in block_ids[first:num_shared]:
+                assert POISON not in self.caches[group][block], f"block {block} is shared and not full"
+                self.owners.setdefault((group, block), set()).add(opened.slot)
+            for block in block_ids[num_shared:]:
+                self._own(opened.slot, group, block)
 
     def _close(self, slot: int) -> None:
-        for block in self.slots.pop(slot).blocks:
-            self.owners[block].remove(slot)
-            if not self.owners[block] and not self.is_kept(block):
-                self.cache[block] = POISON
+        for group, table in enumerate(self.slots.pop(slot).tables):
+            for block in filter(None, table):
+                self.owners[group, block].remove(slot)
+                if not self.owners[group, block] and not self.is_kept(group, block):
+                    self.caches[group][block] = POISON
 
-    def _own(self, slot: int, block: int) -> None:
-        assert 0 < block < self.limits.num_blocks, f"block {block} must not be given out"
-        owners = self.owners.setdefault(block, set())
+    def _first_seen(self, group: int, position: int) -> int:
+        """The first entry of a block table that a query at `position` reads."""
+        window = self.windows[group]
+        return 0 if window is None else max(0, position - window + 1) // self.limits.block_size
+
+    def _pass(self, slot_id: int) -> None:
+        """Others may be given what the slot's next query does not see; it stays as it is until then."""
+        slot = self.slots[slot_id]
+        for group, table in enumerate(slot.tables):
+            for index in range(self._first_seen(group, slot.context_len)):
+                if table[index]:
+                    self.owners[group, table[index]].remove(slot_id)
+                    table[index] = 0
+
+    def _own(self, slot: int, group: int, block: int) -> None:
+        assert 0 < block < len(self.caches[group]), f"block {block} must not be given out"
+        owners = self.owners.setdefault((group, block), set())
         assert not owners, f"block {block} of slots {owners} is given to {slot}"
         owners.add(slot)
-        self.cache[block] = POISON
+        self.caches[group][block] = POISON
 
     def _run_rows(self, plan: StepPlan) -> StepResult:
         tokens = plan.token_ids.tolist()
         results: list[tuple[int, float]] = []
+        written: list[
+            tuple[_Slot, int]
+        ] = []  # of each token of the step: its slot and its place in the sequence
         for index, slot_id in enumerate(plan.row_slots.tolist()):
             assert slot_id in self.slots, f"row of slot {slot_id}, which is not open"
             slot = self.slots[slot_id]
@@ -153,6 +226,7 @@ class FakeShards:
                 if slot.last_sampled is not None:
                     assert new == [slot.last_sampled], "not the token that was sampled"
             self._write(slot_id, slot, new)
+            written += [(slot, at) for at in range(slot.context_len - count, slot.context_len)]
             if plan.row_samples[index]:
                 results.append(self._sample(slot))
                 # A row without a token goes on with any, until the coordinator knows and closes it.
@@ -160,29 +234,62 @@ class FakeShards:
             else:
                 results.append((NO_TOKEN, 0.0))
         assert not tokens, "token ids left over in the plan"
-        token_ids, logprobs = zip(*results, strict=True)
-        return StepResult(
-            self.epoch, plan.step_id, np.array(token_ids, np.int32), np.array(logprobs, np.float32), 0.0
+        token_ids = np.array([token_id for token_id, _ in results], np.int32)
+        logprobs = make_table(
+            [place for place, samples in zip(results, plan.row_samples, strict=True) if samples]
         )
+        prompt_logprobs = None if plan.targets is None else self._score(plan.targets, written)
+        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, 0.0, prompt_logprobs)
 
     def _write(self, slot_id: int, slot: _Slot, new: list[int]) -> None:
-        for token in new:
-            table_index, offset = divmod(slot.context_len, self.limits.block_size)
-            assert table_index < len(slot.blocks), "the block table is too short"
-            block = slot.blocks[table_index]
-            assert self.owners[block] == {slot_id}, "a write into a block that another slot holds"
-            assert self.cache[block, offset] == POISON, "a place is written twice"
-            self.cache[block, offset] = token
-            slot.context_len += 1
+        size = self.limits.block_size
+        for group, (window, table) in enumerate(zip(self.windows, slot.tables, strict=True)):
+            start = 0 if window is None else max(0, slot.context_len - window + 1)
+            assert POISON not in self._read(slot, group, start, slot.context_len), (
+                "the first query sees what was never written"
+            )
+            for position, token in enumerate(new, slot.context_len):
+                table_index, offset = divmod(position, size)
+                assert table_index < len(table), "the block table is too short"
+                block = table[table_index]
+                assert self.owners[group, block] == {slot_id}, "a write into a block that another slot holds"
+                assert self.caches[group][block, offset] == POISON, "a place is written twice"
+                self.caches[group][block, offset] = token
+        slot.context_len += len(new)
+
+    def _read(self, slot: _Slot, group: int, start: int, end: int) -> list[int]:
+        """What a layer group has of a slot's tokens from position `start` up to `end`."""
+        first = start // self.limits.block_size
+        tokens = self.caches[group][slot.tables[group][first:]].reshape(-1)
+        held: list[int] = tokens[start - first * self.limits.block_size :].tolist()
+        return held[: end - start]
+
+    def _seen(self, slot: _Slot, length: int) -> list[int]:
+        """What the layer groups see of a slot's first `length` tokens, one after the other."""
+        starts = [0 if window is None else max(0, length - window) for window in self.windows]
+        sequence = [
+            token for group, start in enumerate(starts) for token in self._read(slot, group, start, length)
+        ]
+        assert POISON not in sequence, "a place is read that was never written"
+        return sequence
+
+    def _score(self, targets: Targets, written: list[tuple[_Slot, int]]) -> LogprobTable:
+        tokens = []
+        for place, token_id in zip(targets.places.tolist(), targets.token_ids.tolist(), strict=True):
+            slot, at = written[place]
+            sequence, seed = self._seen(slot, at + 1), slot.sampling.seed
+            broken = self.without_token(at + 1, seed)
+            tokens.append((token_id, np.nan if broken else token_logprob(sequence, token_id, seed)))
+        return make_table(tokens)
 
     def _sample(self, slot: _Slot) -> tuple[int, float]:
-        sequence = self.cache[slot.blocks].reshape(-1)[: slot.context_len].tolist()
-        assert POISON not in sequence, "a place is read that was never written"
+        sequence = self._seen(slot, slot.context_len)
         sampling: SlotSampling = slot.sampling
-        if self.without_token(sequence, sampling.seed):
+        key = noise_key(sampling.seed, sampling.sample_index)
+        if self.without_token(slot.context_len, key):
             return NO_TOKEN, 0.0
         suppressed = sampling.stop_ids if slot.context_len < sampling.stop_from else ()
-        return next_token(sequence, noise_key(sampling.seed, sampling.sample_index), suppressed)
+        return next_token(sequence, key, suppressed)
 
 
 class LetterTokenizer:
@@ -196,15 +303,17 @@ class LetterTokenizer:
         return "".join(chr(0x4E00 + token) for token in token_ids if token >= num_left_out)
 
 
-def make_limits(**changes: int | bool) -> Limits:
-    """Room for everything, unless changed."""
-    values: dict[str, int | bool] = {
+def make_limits(**changes: object) -> Limits:
+    """Room for everything, unless changed. windows: of layer groups with one layer each."""
+    windows = changes.pop("windows", (None,))
+    values: dict[str, object] = {
         "num_blocks": 400,
         "block_size": 4,
         "max_model_len": 200,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "run_ahead": 1,
+        "layer_groups": tuple(LayerGroup(window, 1) for window in windows),  # type: ignore[attr-defined]
     }
     return Limits(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -216,10 +325,12 @@ def make_tokens(name: str, count: int) -> list[int]:
     return tokens
 
 
-def make_request(name: str, num_prompt: int, prefix: list[int] | None = None, **sampling: object) -> Request:
+def make_request(
+    name: str, num_prompt: int, prefix: list[int] | None = None, task: Task = "generate", **sampling: object
+) -> Request:
     """A request whose prompt depends on its name behind `prefix`, as does its seed."""
     prompt = (prefix or []) + make_tokens(name, num_prompt - len(prefix or []))
-    return Request.new(name, prompt, SamplingParams.model_validate(sampling))
+    return Request.new(name, prompt, SamplingParams.model_validate(sampling), task=task)
 
 
 class Run:
@@ -239,7 +350,8 @@ class Run:
             tokenizer=tokenizer,
             clock=self._clock,
         )
-        self.shards.is_kept = self.coordinator._scheduler.blocks.is_published
+        self.blocks = self.coordinator._scheduler.blocks.managers
+        self.shards.is_kept = lambda group, block: self.blocks[group].is_published(block)
         self.finished: list[Request] = []
 
     def _clock(self) -> float:
@@ -259,13 +371,28 @@ class Run:
     def to_the_end(self, most_steps: int = 5000) -> "Run":
         for _ in range(most_steps):
             if not self.coordinator.has_work:
-                assert self.coordinator._scheduler.blocks.num_used == 0, "blocks are left at the end"
+                assert not any(blocks.num_used for blocks in self.blocks), "blocks are left at the end"
                 return self
             self.step()
         raise AssertionError(f"not done after {most_steps} steps")
 
     def assert_as_expected(self, *requests: Request) -> None:
         for request in requests:
-            output, reason = expected(request, self.eos, self.limits.max_model_len)
+            output, reason = expected(request, self.eos, self.limits.max_model_len, self.shards.windows)
             assert request.status == "finished"
             assert (request.output_token_ids, request.finish_reason) == (output, reason), request.request_id
+            assert_prompt_as_expected(request, self.shards.windows)
+
+
+def assert_prompt_as_expected(request: Request, windows: Windows = (None,)) -> None:
+    """Every prompt token was told about once, or the first ones of a request that did not end well."""
+    places = prompt_places(request)
+    if places is None:
+        assert not request.prompt_logprobs
+        return
+    got = [token for place in places[1:] for token in place or ()]
+    whole = expected_prompt(request, windows)
+    assert len(got) == len(whole) or request.finish_reason in ("abort", "error")
+    for token, wanted in zip(got, whole, strict=False):
+        assert (token.token_id, token.rank) == (wanted[0], wanted[2])
+        assert abs(token.logprob - wanted[1]) < 1e-5 or request.finish_reason == "error"

@@ -7,7 +7,7 @@ import pytest
 
 def _broken_from(run: object, seed: int, length: int) -> None:
     """No token for sequences of `seed` from `length` on."""
-    run.shards.without_token = lambda tokens, row_seed: row_seed == seed and len(tokens) >= length
+    run.shards.without_token = lambda num_tokens, row_seed: row_seed == seed and num_tokens >= length
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])

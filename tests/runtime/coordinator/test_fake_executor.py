@@ -21,9 +21,9 @@ def _spoil_opened(plan: StepPlan, **changes: object) -> StepPlan:
 SPOILT: dict[str, tuple[Callable[[StepPlan], StepPlan], str]] = {
     "a step left out": (lambda plan: replace(plan, step_id=plan.step_id + 1), "gap in the steps"),
     "another epoch": (lambda plan: replace(plan, epoch=1), "gap in the steps"),
-    "block 0": (lambda plan: _spoil_opened(plan, block_ids=(0, 1)), "must not be given out"),
-    "the next one's block": (lambda plan: _spoil_opened(plan, block_ids=(5, 6)), "is given to"),
-    "too few blocks": (lambda plan: _spoil_opened(plan, block_ids=(50,)), "table is too short"),
+    "block 0": (lambda plan: _spoil_opened(plan, block_ids=((0, 1),)), "must not be given out"),
+    "the next one's block": (lambda plan: _spoil_opened(plan, block_ids=((5, 6),)), "is given to"),
+    "too few blocks": (lambda plan: _spoil_opened(plan, block_ids=((50,),)), "table is too short"),
     "a closed slot in use": (
         lambda plan: replace(plan, closed_slots=plan.row_slots[:1]) if not plan.opened else plan,
         "which is not open",
@@ -62,8 +62,8 @@ def test_a_foreign_block_changes_the_tokens(fake: ModuleType) -> None:
     rows = [fake.make_request(name, 6, max_tokens=8) for name in "ab"]
     run.add(*rows)
     run.step()
-    first, second = (run.shards.slots[row.slot].blocks[0] for row in rows)
-    run.shards.cache[[first, second]] = run.shards.cache[[second, first]]
+    first, second = (run.shards.slots[row.slot].tables[0][0] for row in rows)
+    run.shards.caches[0][[first, second]] = run.shards.caches[0][[second, first]]
     run.to_the_end()
     for row in rows:
         assert row.output_token_ids != fake.expected(row, (), 200)[0]

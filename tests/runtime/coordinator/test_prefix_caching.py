@@ -59,7 +59,7 @@ def test_a_shared_prefix_is_computed_once(fake: ModuleType, run_ahead: int) -> N
     stats = run.coordinator.stats
     assert (stats.num_cached_prompt_tokens, stats.num_looked_up_prompt_tokens) == (24, 59)
     assert stats.num_token_steps == 30 + 5 + 2 * 7
-    assert stats.peak_used_blocks == 6 + 4 + 3  # shared, and of 37 and 36 tokens
+    assert stats.peak_used_layer_blocks == 6 + 4 + 3  # shared, and of 37 and 36 tokens
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
@@ -182,13 +182,13 @@ def test_a_row_that_fails_leaves_nothing(fake: ModuleType, run_ahead: int, num_g
     run = fake.Run(fake.make_limits(run_ahead=run_ahead))
     prompt = fake.make_tokens("prompt", 14)
     bad = fake.make_request("bad", 14, prompt, max_tokens=20)
-    run.shards.without_token = lambda tokens, seed: seed == bad.seed and len(tokens) >= 14 + num_good
+    run.shards.without_token = lambda num_tokens, seed: seed == bad.seed and num_tokens >= 14 + num_good
     first = fake.make_request("first", 9, prompt[:8], max_tokens=2)
     assert _found(run, first) == 0
     assert _found(run, bad) == 8
     assert (bad.finish_reason, len(bad.output_token_ids)) == ("error", num_good)
     # Not even what it shared with the first.
-    assert not any(map(run.coordinator._scheduler.blocks.is_published, range(run.limits.num_blocks)))
+    assert not any(map(run.blocks[0].is_published, range(run.limits.num_blocks)))
     again = fake.make_request("again", 30, prompt + bad.output_token_ids, max_tokens=4)
     assert _found(run, again) == 0
     once_more = fake.make_request("once more", 30, again.prompt_token_ids, max_tokens=4)
@@ -210,15 +210,15 @@ def test_a_row_that_fails_once_preempted_leaves_nothing(fake: ModuleType) -> Non
         run.step()
     num_known = rows[1].num_tokens
     run, rows = start()
-    run.shards.without_token = lambda tokens, seed: seed == rows[1].seed and len(tokens) >= num_known - 1
+    run.shards.without_token = lambda num_tokens, seed: seed == rows[1].seed and num_tokens >= num_known - 1
     while not rows[1].num_preemptions:
         run.step()
     hashes = list(rows[1].block_hashes)
     while rows[1].status != "finished":
-        assert run.coordinator._scheduler.blocks.find(hashes)
+        assert any(map(run.blocks[0].find, hashes))
         run.step()
     assert rows[1].finish_reason == "error"
-    assert not run.coordinator._scheduler.blocks.find(hashes)
+    assert not any(map(run.blocks[0].find, hashes))
     run.to_the_end()
     run.assert_as_expected(rows[0])
 

@@ -26,7 +26,12 @@ def _limits(fake: ModuleType, chance: random.Random) -> Any:
         run_ahead=chance.choice([0, 1, 2, 3]),
         cache_enabled=chance.random() < 0.8,
         prefix_caching=chance.random() < 0.9,
+        windows=chance.choice([(None,), (None,), (None, 6), (None, 17, 4), (5,), (9, 3)]),
     )
+
+
+def _published(run: Any) -> set[tuple[int, bytes]]:
+    return {(group, name) for group, blocks in enumerate(run.blocks) for name in blocks._published}
 
 
 def _prefix(fake: ModuleType, chance: random.Random, rows: list[Any]) -> list[int]:
@@ -43,6 +48,8 @@ def _prefix(fake: ModuleType, chance: random.Random, rows: list[Any]) -> list[in
 def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]) -> Any:
     max_tokens = chance.choice([1, 2, 7, 20, None])
     prefix = _prefix(fake, chance, rows)
+    if chance.random() < 0.15:
+        return fake.make_request(name, len(prefix) + chance.randrange(2, 5), prefix, task="score")
     return fake.make_request(
         name,
         n=chance.choice([1, 1, 1, 3]),
@@ -53,6 +60,7 @@ def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]
         stop_token_ids=chance.sample(range(97), chance.choice([0, 0, 4])),
         ignore_eos=chance.random() < 0.3,
         seed=chance.choice([None, 3]),
+        prompt_logprobs=chance.choice([None, None, None, 0, 2]),
     )
 
 
@@ -62,9 +70,8 @@ def test_walk(fake: ModuleType, first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 40):
         chance = random.Random(seed)
         run = fake.Run(_limits(fake, chance), eos=tuple(chance.sample(range(97), 3)))
-        blocks = run.coordinator._scheduler.blocks
         fails_at: dict[int, int] = {}  # by seed: the length from which on there is no token
-        run.shards.without_token = lambda tokens, seed, at=fails_at: len(tokens) >= at.get(seed, 1000)
+        run.shards.without_token = lambda num_tokens, seed, at=fails_at: num_tokens >= at.get(seed, 1000)
         rows: list[Any] = []
         for _ in range(chance.randrange(10, 60)):
             action = chance.random()
@@ -79,26 +86,39 @@ def test_walk(fake: ModuleType, first_seed: int) -> None:
                 run.coordinator.abort(aborted.request_id, aborted.sample_index)
                 run.coordinator.check_integrity()
             else:
-                before, num_in_flight = set(blocks._published), run.coordinator._scheduler.num_sent
+                before, num_in_flight = _published(run), run.coordinator._scheduler.num_sent
                 num_failed = sum(row.error is not None for row in run.finished)
                 run.step()
                 if num_failed == sum(row.error is not None for row in run.finished) and num_in_flight > 0:
-                    counts["evicted with plans in flight"] += len(before - set(blocks._published))
+                    counts["evicted with plans in flight"] += len(before - _published(run))
         run.to_the_end()
         aborted = [row for row in rows if row.finish_reason == "abort"]
         failed = [row for row in rows if row.finish_reason == "error"]
         assert sorted(row.arrival for row in rows) == sorted(row.arrival for row in run.finished + aborted)
         run.assert_as_expected(*(row for row in run.finished if row not in failed))
         for row in aborted + failed:
-            whole, _ = fake.expected(row, run.eos, run.limits.max_model_len)
+            whole, _ = fake.expected(row, run.eos, run.limits.max_model_len, run.shards.windows)
             assert row.output_token_ids == whole[: len(row.output_token_ids)]
+            fake.assert_prompt_as_expected(row, run.shards.windows)
         for row in failed:
             assert row.num_tokens == max(fails_at[row.seed], len(row.prompt_token_ids))
+        counts["scored"] += sum(row.task == "score" for row in run.finished)
+        counts["scored after a preemption"] += sum(
+            row.task == "score" and row.num_preemptions > 0 for row in run.finished
+        )
         stats = run.coordinator.stats
         counts["aborted"] += len(aborted)
         counts["failed"] += len(failed)
         counts["preempted"] += stats.num_preemptions
         counts["dropped"] += stats.num_dropped_tokens
         counts["found"] += stats.num_cached_prompt_tokens
-    for what in ("aborted", "failed", "preempted", "dropped", "found", "evicted with plans in flight"):
+    for what in (
+        "aborted",
+        "failed",
+        "preempted",
+        "dropped",
+        "found",
+        "evicted with plans in flight",
+        "scored",
+    ):
         assert counts[what] > 0, what

@@ -36,12 +36,12 @@ def test_the_prompts_full_blocks_are_computed_and_held_once(
 ) -> None:
     samples = _samples(fake, n=4)
     run = _run(fake, samples, prefix_caching=prefix_caching, run_ahead=run_ahead)
-    assert _opened(run) == [[0], [28, 28, 28]]
+    assert _opened(run) == [[0], [29, 29, 29]]
     stats = run.coordinator.stats
     # 7 together, and 3 more for the 37 tokens of each, or the first has ended before the others need their last.
-    assert stats.peak_used_blocks == 7 + 3 * (4 if run_ahead else 3)
-    assert stats.num_token_steps == 30 + 3 * 2 + 4 * 7
-    assert stats.num_cached_prompt_tokens == 3 * 28
+    assert stats.peak_used_layer_blocks == 7 + 3 * (4 if run_ahead else 3)
+    assert stats.num_token_steps == 30 + 3 * 1 + 4 * 7
+    assert stats.num_cached_prompt_tokens == 3 * 29
     outputs = [request.output_token_ids for request in samples.requests]
     assert len(set(map(tuple, outputs))) == 4
     for request, output in zip(samples.requests, outputs, strict=True):
@@ -62,7 +62,7 @@ def test_the_first_sample_is_the_answer_without_n(fake: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefix_caching", "opened"), [(False, [[0, 0, 0], [28, 28]]), (True, [[0], [28] * 4])]
+    ("prefix_caching", "opened"), [(False, [[0, 0, 0], [29, 29]]), (True, [[0], [29, 28, 28, 28]])]
 )
 def test_without_prefix_caching_only_one_prompts_samples_share(
     fake: ModuleType, prefix_caching: bool, opened: list[list[int]]
@@ -89,7 +89,7 @@ def test_a_prompt_in_chunks_is_read_once(fake: ModuleType, prefix_caching: bool)
 def test_more_samples_than_slots(fake: ModuleType, prefix_caching: bool) -> None:
     samples = _samples(fake, n=7)
     run = _run(fake, samples, prefix_caching=prefix_caching, max_num_seqs=2)
-    assert [found for plan in _opened(run) for found in plan] == [0] + [28] * 6
+    assert [found for plan in _opened(run) for found in plan] == [0] + [29] * 6
 
 
 @BOTH
@@ -117,9 +117,9 @@ def test_one_that_fails_says_so_and_the_others_go_on(fake: ModuleType, prefix_ca
     assert samples.error is None
     second = samples.requests[1]
     whole, _ = fake.expected(second, (), 200)
-    begin = second.prompt_token_ids + whole[:3]
+    its_key, length = fake.noise_key(second.seed, 1), len(second.prompt_token_ids) + 3
     run = fake.Run(fake.make_limits(prefix_caching=prefix_caching))
-    run.shards.without_token = lambda tokens, seed: tokens == begin
+    run.shards.without_token = lambda num_tokens, key: key == its_key and num_tokens == length
     run.add(*samples.requests)
     run.to_the_end()
     run.assert_as_expected(samples.requests[0], samples.requests[2])

@@ -72,7 +72,7 @@ def test_the_largest_request_that_fits_runs(fake: ModuleType) -> None:
     run.add(*rows)
     run.to_the_end()
     run.assert_as_expected(*rows)
-    assert run.coordinator.stats.peak_used_blocks == 20
+    assert run.coordinator.stats.peak_used_layer_blocks == 20
 
 
 @pytest.mark.parametrize("max_tokens", [None, 500])
@@ -204,7 +204,7 @@ def test_what_shards_are_told_to_sample() -> None:
     sampling = SamplingParams(temperature=0.7, top_k=-1, top_p=0.9, min_p=0.1, logprobs=0)
     slot = Request.new("a", [1, 2, 3], sampling).slot_sampling((9,))
     assert (slot.temperature, slot.top_k, slot.top_p, slot.min_p) == (0.7, 0, 0.9, 0.1)
-    assert slot.logprobs
+    assert slot.logprobs == 0
     assert slot.stop_ids == ()
     greedy = SamplingParams(
         temperature=1e-6, top_k=5, top_p=0.5, min_p=0.2, min_tokens=4, stop_token_ids=(7,)

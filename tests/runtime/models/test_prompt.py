@@ -39,6 +39,7 @@ def test_a_text_gets_bos(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_messages_get_no_second_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenize_prompt(tokenizer, 5, "a", MESSAGES) == [0, 1, 2, 3]
+    assert tokenize_prompt(tokenizer, 5, "a", MESSAGES, for_answer=False) == [0, 1, 2]
 
 
 def test_token_ids_are_taken_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:

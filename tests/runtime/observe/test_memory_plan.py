@@ -2,17 +2,19 @@
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import pytest
 
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import JobConfig, parse_config
+from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.errors import ConfigError
-from kvshard.runtime.models.spec import ModelSpec, RotarySpec
+from kvshard.runtime.models.spec import LayerGroup, ModelSpec, RotarySpec
+from kvshard.runtime.observe.cache_size import choose_num_blocks, fitting_blocks
 from kvshard.runtime.observe.memory_plan import (
     MemoryPlan,
-    choose_num_blocks,
     plan_memory,
     reserve_bytes,
     resolve_dtype,
@@ -77,7 +79,11 @@ def test_published_qwen3_4b_case() -> None:
     fitted = plan(spec, config, memory)
     assert fitted.problem is None
     assert abs(fitted.num_tokens - 83_488) / 83_488 < 1e-3
-    assert fitted.shards[0].kv_bytes <= 11.47 * GIB < fitted.shards[0].kv_bytes + 2 * shard.kv_bytes_per_block
+    assert (
+        fitted.shards[0].kv_bytes
+        <= 11.47 * GIB
+        < fitted.shards[0].kv_bytes + 2 * 16 * shard.kv_bytes_per_token
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 9])
@@ -138,7 +144,7 @@ def test_no_more_blocks_than_requests_can_fill() -> None:
     config = make_config(scheduler={"max_num_seqs": 4, "max_model_len": 100})
     assert plan(SMALL, config, 80 * GIB).num_blocks == 4 * 7 + 1
     assert plan(SMALL, config, None).num_blocks == 4 * 7 + 1
-    assert choose_num_blocks(make_config(cache={"num_blocks": 500}).cache, 29, [100]) == 500
+    assert choose_num_blocks(make_config(cache={"num_blocks": 500}).cache, 29, 100) == 500
 
 
 def test_longest_request_is_what_the_cache_or_the_model_allows() -> None:
@@ -221,3 +227,78 @@ def test_layers_with_a_window_may_have_a_rotary_table_of_their_own() -> None:
     one_table = reserve_bytes(config, windowed, shard_map, "cpu")
     two_tables = reserve_bytes(config, dataclasses.replace(windowed, window_rotary=local), shard_map, "cpu")
     assert two_tables - one_table == 1000 * 2 * 128 * 4
+
+
+GEMMA = make_spec(  # sizes of Gemma 3 4B's layers
+    num_layers=34,
+    num_q_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    max_position_embeddings=131072,
+    layer_windows=tuple(None if layer % 6 == 5 else 1024 for layer in range(34)),
+)
+
+
+@pytest.mark.parametrize("memory", [None, 16, 80])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_layer_groups(memory: int | None, world_size: int) -> None:
+    """The window group has what 64 + 8 rows and a chunk can fill, or as many blocks as the rest."""
+    config = make_config(
+        tensor_parallel_size=world_size, scheduler={"max_num_seqs": 64, "max_num_batched_tokens": 2048}
+    )
+    result = plan(GEMMA, config, None if memory is None else memory * GIB)
+    assert result.problem is None
+    full, windowed = result.groups
+    assert (full.window, full.num_layers, windowed.window, windowed.num_layers) == (None, 5, 1024, 29)
+    most = 72 * (1024 // 16 + 1) + 2048 // 16 + 1
+    assert windowed.num_blocks == min(most, full.num_blocks)
+    assert full.num_blocks == result.num_blocks
+    for shard in result.shards:
+        layer_block = 16 * 2 * shard.num_kv_heads * 256 * 2
+        assert shard.kv_bytes == layer_block * (5 * full.num_blocks + 29 * windowed.num_blocks)
+    if memory is None:
+        assert full.num_blocks == 64 * (131072 // 16) + 1
+    else:
+        # Not one block more would fit.
+        one_more = 5 + (29 if full.num_blocks < most else 0)
+        assert any(
+            shard.total_bytes + one_more * 16 * 2 * shard.num_kv_heads * 256 * 2 > shard.usable_bytes
+            for shard in result.shards
+            if shard.usable_bytes is not None
+        )
+    assert (windowed.num_blocks < full.num_blocks) == ((memory, world_size) != (16, 1))
+
+
+def test_a_window_everywhere_bounds_the_cache() -> None:
+    spec = make_spec(num_layers=2, layer_windows=(64, 64))
+    config = make_config(scheduler={"max_num_seqs": 8, "max_num_batched_tokens": 64})
+    result = plan(spec, config, 80 * GIB)
+    assert (result.num_blocks, result.longest_request) == (9 * 5 + 4 + 1, 40960)
+    small = plan(spec, make_config(cache={"num_blocks": 5}), 80 * GIB)
+    assert (small.problem, small.longest_request) == (None, 64)
+    too_small = make_config(cache={"num_blocks": 5}, scheduler={"max_model_len": 1000})
+    problem = plan(spec, too_small, 80 * GIB).problem
+    assert problem is not None
+    assert "needs 6 blocks of 16" in problem
+    assert "max_model_len to 64 or less" in problem
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 40), (None, 40, 9), (40,), (40, 9)], ids=str)
+def test_fitting_blocks_are_the_most_that_fit(windows: tuple[int | None, ...]) -> None:
+    limits = Limits(
+        num_blocks=2,
+        block_size=4,
+        max_model_len=400,
+        max_num_seqs=3,
+        max_num_batched_tokens=8,
+        layer_groups=tuple(LayerGroup(window, layers) for layers, window in enumerate(windows, 2)),
+    )
+    for room in range(0, 900, 7):
+        fitting = fitting_blocks(room, limits)
+        if fitting == sys.maxsize:
+            assert None not in windows
+            fitting = max(limits.most_blocks)
+            assert dataclasses.replace(limits, num_blocks=2 * fitting).num_layer_blocks <= room
+        else:
+            assert dataclasses.replace(limits, num_blocks=fitting + 1).num_layer_blocks > room
+        assert dataclasses.replace(limits, num_blocks=fitting).num_layer_blocks <= room

@@ -1,12 +1,16 @@
 """The numbers at the end of a job, and how they and the progress are shown."""
 
 import io
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from kvshard.runtime.config import Task
 from kvshard.runtime.coordinator.executor import ShardHealth, ShardInfo
+from kvshard.runtime.coordinator.logprobs import LogprobTable
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.coordinator.stats import CoordinatorStats
 from kvshard.runtime.observe import progress as progress_module
@@ -34,7 +38,7 @@ def make_summary() -> BatchSummary:
         0, "a-host-with-a-long-name.example.org", 7, "cuda:0", 32, 8, 2**34, 2**35, 1000, "nccl", 4
     )
     stats = CoordinatorStats(
-        peak_used_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
+        peak_used_layer_blocks=500, num_cached_prompt_tokens=1500, num_looked_up_prompt_tokens=4000
     )
     summary.add_engine([info], [ShardHealth(0, 5, 2**34 + 2**33)], stats)
     return summary
@@ -77,6 +81,33 @@ def test_the_table_fits_80_columns_without_a_terminal() -> None:
         "An [red]answer[/red].",
     ):
         assert words in text, text
+
+
+def test_a_job_that_scores_says_what_it_did() -> None:
+    summary = BatchSummary(Path("out.jsonl"), "score", wall_s=2.0)
+    for logprobs in ((-1.0, -2.0), (-3.0,)):
+        request = Request.new("a", list(range(len(logprobs) + 1)), SamplingParams(), task="score")
+        columns = np.array(logprobs, np.float32)[:, None]
+        request.prompt_logprobs = [LogprobTable(columns.astype(np.int32), columns, columns.astype(np.int32))]
+        summary.add([request])
+    stream = io.StringIO()
+    print_summary(summary, Console(file=stream, width=80))
+    rows = dict(
+        re.split(r"  +", line.strip(), maxsplit=1)
+        for line in stream.getvalue().splitlines()
+        if "  " in line.strip()
+    )
+    assert rows["Tokens"] == "5 prompt, 3 scored"
+    assert rows["Perplexity of all"] == "7.389"  # e^2
+    assert rows["Speed"] == "2.5 prompt tokens/s, 1.00 requests/s"
+    assert not {"Time to first token", "Time per output token", "Prefix cache"} & rows.keys()
+
+
+@pytest.mark.parametrize("task", ["generate", "score"])
+def test_nothing_done_can_be_shown(task: Task) -> None:
+    stream = io.StringIO()
+    print_summary(BatchSummary(Path("out.jsonl"), task), Console(file=stream, width=80))
+    assert "0 ok" in stream.getvalue()
 
 
 def test_an_empty_summary_can_be_shown() -> None:
