@@ -151,13 +151,14 @@ def run_alone(model: Path, rows: Sequence[Row], cache_dtype: str) -> list[list[A
 
 
 def num_parted(got: RequestOutput, alone: list[Alone], cache_dtype: str) -> int:
-    """How many of a row's answers leave the truth, each at a near-tie; fails for any other difference."""
+    """How many of a row's answers leave the truth; see `parts`."""
     assert got.error is None
     pairs = zip(got.outputs, alone, strict=True)
-    return sum(_parts(answer, expected, cache_dtype) for answer, expected in pairs)
+    return sum(parts(answer, expected, cache_dtype) for answer, expected in pairs)
 
 
-def _parts(got: CompletionOutput, alone: Alone, cache_dtype: str) -> bool:
+def parts(got: CompletionOutput, alone: Alone, cache_dtype: str) -> bool:
+    """Whether an answer leaves the truth at a near-tie; fails for any other difference."""
     expected, near = alone.answer, NEAR_TIES[cache_dtype]
     pairs = enumerate(zip(got.token_ids, expected.token_ids, strict=False))
     place = next((place for place, (ours, theirs) in pairs if ours != theirs), None)
