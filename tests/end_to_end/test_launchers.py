@@ -42,7 +42,7 @@ def answer_of(line: dict[str, Any]) -> CompletionOutput:
 
 @pytest.mark.parametrize(
     ("launcher", "size", "cache_dtype"),
-    [("local", 1, "auto"), ("local", 3, "int4"), ("ray", 3, "auto"), ("torchrun", 3, "auto")],
+    [("local", 1, "fp8"), ("local", 3, "int4"), ("ray", 3, "auto"), ("torchrun", 3, "auto")],
 )
 def test_a_job_of_many_features(
     launcher: str, size: int, cache_dtype: str, model: Path, tmp_path: Path

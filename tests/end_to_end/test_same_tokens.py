@@ -50,7 +50,7 @@ def abort_when_begun(llm: LLM, request_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "cache_dtype"),
-    [*((size, "auto") for size in (1, 2, 3, 5)), (5, "int8"), (3, "fp8"), (2, "int4")],
+    [*((size, "auto") for size in (1, 2, 3, 5)), (3, "int8"), (5, "fp8"), (2, "int4")],
 )
 def test_answers_are_as_alone(size: int, cache_dtype: str, model: Path, truth: Truth) -> None:
     """Six query heads in two groups, in a batch with all that may disturb: a shared prompt, cut into chunks, in so few
