@@ -38,7 +38,7 @@ class Backend(Protocol):
         temperature: Tensor,
         cut: Tensor,
         seeds: Tensor,
-        positions: Tensor,
+        places: Tensor,
         sampled: Tensor,
         first_token: int,
     ) -> Best: ...
@@ -98,7 +98,7 @@ def gumbel_argmax(
     temperature: Tensor,
     cut: Tensor,
     seeds: Tensor,
-    positions: Tensor,
+    places: Tensor,
     sampled: Tensor,
     *,
     first_token: int,
@@ -110,26 +110,26 @@ def gumbel_argmax(
 
     The noise g of a row and a token depends on their names alone. Philox4x32-10 (Salmon, Moraes, Dror and Shaw,
     "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the seed as key (low word first) and the counter
-    (token // 4, position, 0, 0) gives four words, of which word token % 4 is taken. Its upper 23 bits b make
-    u = (b + 0.5) / 2^23, never 0 or 1, and g = -log(-log u), between -2.82 and 16.64: the words are the same on all
-    back ends, g is within 2 units in the last place of the exact value. Division and sum are float32.
+    (token // 4, low word of place, high word of place, 0) gives four words, of which word token % 4 is taken. Its upper
+    23 bits b make u = (b + 0.5) / 2^23, never 0 or 1, and g = -log(-log u), between -2.82 and 16.64: the words are the
+    same on all back ends, g is within 2 units in the last place of the exact value. Division and sum are float32.
 
     logits       [R, V] float32, of tokens first_token + column < 2^34
     temperature  [R] float32, > 0
     cut          [R] float32, in units of x; -inf keeps everything
     seeds        [R] int64, the bits of the unsigned 64-bit seeds
-    positions    [R] int64, 0..2^32-1
+    places       [R] int64, position in the sequence + 2^32 * which sample of its prompt; read as 64 bits
     sampled      [R] bool
     returns      best [R] float32 (0.0 for either zero), column [R] int64
     """
     _check_logits("logits", logits)
     _check_vectors(logits, torch.float32, temperature=temperature, cut=cut)
-    _check_vectors(logits, torch.int64, seeds=seeds, positions=positions)
+    _check_vectors(logits, torch.int64, seeds=seeds, places=places)
     _check_vectors(logits, torch.bool, sampled=sampled)
     if not 0 <= first_token <= 4 * MAX_TOKENS - logits.shape[1]:
         raise ValueError(f"first_token: expected tokens from 0 to 2^34 - 1, got {first_token}")
     return _backend(logits.device.type).gumbel_argmax(
-        logits, temperature, cut, seeds, positions, sampled, first_token
+        logits, temperature, cut, seeds, places, sampled, first_token
     )
 
 

@@ -20,11 +20,16 @@ def row_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return scores.gather(1, column[:, None])[:, 0] + 0.0, column
 
 
-def philox(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Tensor:
-    """The random word of each row and token: seeds, positions [R] int64 -> [R, count] int64 in 0..2^32-1."""
+def philox(seeds: Tensor, places: Tensor, first_token: int, count: int) -> Tensor:
+    """The random word of each row and token: seeds, places [R] int64 -> [R, count] int64 in 0..2^32-1."""
     tokens = torch.arange(first_token, first_token + count, device=seeds.device)
     rows = torch.zeros_like(seeds)[:, None] + torch.zeros_like(tokens)
-    counter = (tokens // 4 + rows, positions[:, None] + rows, rows, rows)
+    counter = (
+        tokens // 4 + rows,
+        (places & _WORD)[:, None] + rows,
+        (places >> 32 & _WORD)[:, None] + rows,
+        rows,
+    )
     words = philox_4x32(counter, ((seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]))
     return torch.stack(words, 2).gather(2, (tokens % 4 + rows)[:, :, None])[:, :, 0]
 
@@ -47,9 +52,9 @@ def gumbel(bits: Tensor) -> Tensor:
     return (-torch.log(-torch.log(uniform))).float()
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Tensor:
+def gumbel_noise(seeds: Tensor, places: Tensor, first_token: int, count: int) -> Tensor:
     """[R, count] float32: the noise of each row and token."""
-    return gumbel(philox(seeds, positions, first_token, count) >> 9)
+    return gumbel(philox(seeds, places, first_token, count) >> 9)
 
 
 def gumbel_argmax(
@@ -57,14 +62,14 @@ def gumbel_argmax(
     temperature: Tensor,
     cut: Tensor,
     seeds: Tensor,
-    positions: Tensor,
+    places: Tensor,
     sampled: Tensor,
     *,
     first_token: int,
 ) -> tuple[Tensor, Tensor]:
     """row_argmax of logits / temperature, plus noise where sampled, without what is below the cut."""
     scaled = logits / temperature[:, None]
-    noise = gumbel_noise(seeds, positions, first_token, logits.shape[1])
+    noise = gumbel_noise(seeds, places, first_token, logits.shape[1])
     scores = torch.where(sampled[:, None], scaled + noise, scaled)
     return row_argmax(scores.masked_fill(scaled < cut[:, None], -torch.inf))
 

@@ -1,24 +1,21 @@
 """The Python API: `LLM(...).generate(prompts, sampling_params)`, with outputs shaped like vLLM's."""
 
-import signal
+import statistics
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
-
-from rich.console import Console
+from typing import Any, Literal, Self, overload
 
 from ..runtime.config import parse_config
 from ..runtime.coordinator.request import Request
+from ..runtime.coordinator.samples import Samples
 from ..runtime.errors import ConfigError, RequestError
 from ..runtime.models.prompt import Prompt
-from ..runtime.observe.progress import NoProgress, make_progress
 from ..runtime.sampling_params import SamplingParams
+from .running import Running
 
 PromptInput = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": ids}."""
@@ -49,7 +46,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Where a request's time went; times are readings of one clock, in seconds."""
+    """Where a prompt's time went; times are readings of one clock, in seconds.
+
+    With n above 1: the first of its samples to be admitted and to have a token, the last to end, the mean of their
+    tpot_ms and all their preemptions.
+    """
 
     arrived_s: float | None
     admitted_s: float | None
@@ -62,14 +63,15 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One prompt with its answer."""
+    """One prompt with its answers."""
 
     request_id: str
+    prompt_index: int  # its place among the prompts of the call
     prompt: str | None  # None for token ids and chats
     prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]  # always one
+    outputs: list[CompletionOutput]  # SamplingParams.n, in the order of their index
     finished: bool
-    error: str | None  # why the model gave no answer, as when its logits were not finite
+    error: str | None  # why the model gave no answer (for n above 1: not all), as when logits are not finite
     metrics: RequestMetrics
 
 
@@ -94,27 +96,49 @@ class LLM:
         self._engine = Engine.start(config)
         # Also closes the shards of an LLM that is dropped, or still open when Python exits.
         self._close = weakref.finalize(self, self._engine.close)
+        self._running = Running(self._engine.coordinator, self._close)
         self._next_id = 0
-        self._lock = threading.Lock()
-        self._live: dict[str, Request] = {}
-        self._aborts: deque[str] = deque()
+        self._naming = threading.Lock()  # around _next_id
 
+    @overload
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        *,
+        progress: bool = ...,
+        stream: Literal[False] = ...,
+    ) -> list[RequestOutput]: ...
+    @overload
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        *,
+        progress: bool = ...,
+        stream: Literal[True],
+    ) -> Generator[RequestOutput, None, None]: ...
     def generate(
         self,
         prompts: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
-    ) -> list[RequestOutput]:
-        """Answer every prompt, in the order of `prompts`.
+        stream: bool = False,
+    ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
+        """Answer every prompt, in the order of `prompts`; with `stream`, one by one in the order in which they end.
 
         A prompt is text, {"prompt": text} or {"prompt_token_ids": ids}; `sampling_params` is one for all or
         one for each. Requests are named "0", "1", ... over the life of this object. Raises RequestError for
         a prompt that cannot run, before any runs, and ShardError, which also closes this object. Ctrl-C ends the call
         after the current step; a second one does not wait for it, and closes this object.
+
+        A stream runs while its next output is waited for, and starts with the first. Leaving its loop, or closing it,
+        aborts the prompts that are left. Other calls may be made while it is open, and run beside it.
         """
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run([_read_prompt(prompt) for prompt in many], sampling_params, progress)
+        results = self._results([_read_prompt(prompt) for prompt in many], sampling_params, progress)
+        return results if stream else _in_order(results)
 
     def chat(
         self,
@@ -126,16 +150,16 @@ class LLM:
         """Answer one conversation (a list of messages) or several, as `generate` does."""
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
         chats: Sequence[Any] = [messages] if one else messages
-        return self._run([[dict(message) for message in chat] for chat in chats], sampling_params, progress)
+        prompts: list[Prompt] = [[dict(message) for message in chat] for chat in chats]
+        return _in_order(self._results(prompts, sampling_params, progress))
 
     def abort(self, request_id: str) -> None:
-        """End a request of the `generate` or `chat` that runs in another thread; its blocks are freed.
+        """End a request of a stream, or of a call in another thread, with all its samples; its blocks are freed.
 
         It comes back with finish_reason "abort" and the tokens it had. Unknown ids are ignored, since a request may
         finish at any time.
         """
-        if request_id in self._live:
-            self._aborts.append(request_id)
+        self._running.abort(request_id)
 
     def close(self) -> None:
         """Stop the shards; safe to call twice."""
@@ -147,70 +171,53 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(
+    def _results(
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
-    ) -> list[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
+        """The outputs as they come. All prompts are checked here, before the first is asked for."""
         if not self._close.alive:
             raise ConfigError("this LLM is closed; make another one")
         params = _one_each(sampling_params, len(prompts), self._engine.config.sampling)
-        with self._lock:
-            try:
-                requests = self._add(prompts, params)
-                self._step_until_done(len(requests), progress)
-            finally:
-                for request_id in self._live:  # left by an error: the next call must not run them
-                    self._engine.coordinator.abort(request_id)
-                self._live.clear()
-                self._aborts.clear()
-        return [self._output(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
+        all_samples = self._make_samples(prompts, params)
+        indices = {samples.request_id: index for index, samples in enumerate(all_samples)}
 
-    def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
-        requests = []
-        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            try:
-                request = self._engine.make_request(str(self._next_id + index), prompt, sampling)
-                self._engine.coordinator.check(request)
-            except RequestError as error:
-                raise RequestError(f"prompts[{index}]: {error}") from None
-            requests.append(request)
-        self._next_id += len(requests)
-        for request in requests:
-            self._engine.coordinator.add(request)
-            self._live[request.request_id] = request
-        return requests
+        def outputs() -> Generator[RequestOutput, None, None]:
+            with closing(self._running.results(all_samples, progress)) as results:
+                for samples in results:
+                    index = indices[samples.request_id]
+                    yield self._output(samples, prompts[index], index)
 
-    def _step_until_done(self, total: int, progress: bool) -> None:
-        coordinator = self._engine.coordinator
-        view = make_progress(Console(stderr=True)) if progress else NoProgress()
-        view.start(total)
-        num_tokens = 0
-        try:
-            with _interrupts_held() as let_interrupt:
-                # After an abort until its last plan is back, which frees its blocks.
-                while coordinator.has_work:
-                    let_interrupt()
-                    ended = self._step()
-                    while self._aborts:
-                        if (aborted := coordinator.abort(self._aborts.popleft())) is not None:
-                            ended.append(aborted)
-                    for request in ended:
-                        del self._live[request.request_id]
-                        num_tokens += len(request.output_token_ids)
-                    view.update(total - len(self._live), 0, num_tokens)
-        finally:
-            view.stop()
+        return outputs()
 
-    def _step(self) -> list[Request]:
-        try:
-            return self._engine.coordinator.step()
-        except BaseException:
-            self._close()  # a step that was broken off cannot be taken up again
-            raise
+    def _make_samples(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Samples]:
+        all_samples = []
+        with self._naming:
+            for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
+                try:
+                    request = self._engine.make_request(str(self._next_id + index), prompt, sampling)
+                    self._engine.coordinator.check(request)
+                except RequestError as error:
+                    raise RequestError(f"prompts[{index}]: {error}") from None
+                all_samples.append(Samples(request))
+            self._next_id += len(all_samples)
+        return all_samples
 
-    def _output(self, request: Request, prompt: Prompt) -> RequestOutput:
+    def _output(self, samples: Samples, prompt: Prompt, index: int) -> RequestOutput:
+        return RequestOutput(
+            request_id=samples.request_id,
+            prompt_index=index,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=samples.requests[0].prompt_token_ids,
+            outputs=[self._answer(request) for request in samples.requests],
+            finished=True,
+            error=samples.error,
+            metrics=_metrics(samples.requests),
+        )
+
+    def _answer(self, request: Request) -> CompletionOutput:
         logprobs = None
         if request.output_logprobs is not None:
             decode = self._engine.tokenizer.decode
@@ -218,8 +225,8 @@ class LLM:
                 {token_id: Logprob(logprob, decode([token_id]))}
                 for token_id, logprob in zip(request.output_token_ids, request.output_logprobs, strict=True)
             ]
-        answer = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=request.sample_index,
             text=request.text,
             token_ids=request.output_token_ids,
             cumulative_logprob=None if request.output_logprobs is None else sum(request.output_logprobs),
@@ -227,49 +234,26 @@ class LLM:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
         )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[answer],
-            finished=True,
-            error=request.error,
-            metrics=RequestMetrics(
-                arrived_s=request.arrived_s,
-                admitted_s=request.admitted_s,
-                first_token_s=request.first_token_s,
-                finished_s=request.finished_s,
-                ttft_ms=request.ttft_ms,
-                tpot_ms=request.tpot_ms,
-                num_preemptions=request.num_preemptions,
-            ),
-        )
 
 
-@contextmanager
-def _interrupts_held() -> Iterator[Callable[[], None]]:
-    """Inside, Ctrl-C only takes effect when the function that this gives is called; a second one does at once."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield lambda: None  # it reaches only the main thread, or nobody
-        return
-    held: list[tuple[int, FrameType | None]] = []
+def _in_order(outputs: Iterable[RequestOutput]) -> list[RequestOutput]:
+    return sorted(outputs, key=lambda output: output.prompt_index)
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append((number, frame))
-        if len(held) > 1:
-            previous(number, frame)
 
-    def let_interrupt() -> None:
-        if held:
-            previous(*held.pop())
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield let_interrupt
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    let_interrupt()
+def _metrics(requests: list[Request]) -> RequestMetrics:
+    admitted = [request.admitted_s for request in requests if request.admitted_s is not None]
+    first_tokens = [request.first_token_s for request in requests if request.first_token_s is not None]
+    finished = [request.finished_s for request in requests if request.finished_s is not None]
+    tpots_ms = [request.tpot_ms for request in requests if request.tpot_ms is not None]
+    return RequestMetrics(
+        arrived_s=requests[0].arrived_s,
+        admitted_s=min(admitted, default=None),
+        first_token_s=min(first_tokens, default=None),
+        finished_s=max(finished, default=None),
+        ttft_ms=(min(first_tokens) - min(admitted)) * 1e3 if first_tokens else None,
+        tpot_ms=statistics.fmean(tpots_ms) if tpots_ms else None,
+        num_preemptions=sum(request.num_preemptions for request in requests),
+    )
 
 
 def _read_prompt(prompt: PromptInput) -> Prompt:

@@ -6,6 +6,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 MAX_INT32 = 2**31 - 1  # JSON has integers of any size; plans and slots hold 32 bits
 MAX_BIAS = 100.0
+MAX_SAMPLES = 2**14  # each is a request: one row must not take all of the coordinator's memory
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT32)]
 Bias = Annotated[
@@ -18,6 +19,9 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    n: int = Field(
+        1, ge=1, le=MAX_SAMPLES, description="answers to each prompt; above 1 the temperature is not 0"
+    )
     temperature: float = Field(
         1.0,
         ge=0.0,
@@ -124,6 +128,11 @@ class SamplingParams(BaseModel):
     def _consistent(self) -> "SamplingParams":
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.n > 1 and self.greedy:
+            raise ValueError(
+                f"n={self.n} with temperature={self.temperature:g}: greedy answers would all be the same; "
+                "use n=1, or a temperature above 0"
+            )
         if self.logprobs not in (None, 0):
             raise ValueError(f"logprobs={self.logprobs}: only the chosen token's are kept; use 0 or null")
         if self.stop and not self.detokenize:

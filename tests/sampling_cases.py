@@ -8,7 +8,7 @@ import torch
 from kvshard.kernels import sampling_reference
 
 SEEDS = torch.tensor([0, -1, 0x123456789ABCDEF, -(1 << 63), 77])
-POSITIONS = torch.tensor([0, 1, 1234, (1 << 31) + 5, (1 << 32) - 1])
+PLACES = torch.tensor([0, 1, (3 << 32) + 1234, (1 << 63) - (1 << 31) + 5, (1 << 32) - 1])
 MANY = 16389  # more than one thread's or program's share of a row
 SHAPES = pytest.mark.parametrize(
     ("rows", "columns"), [(1, 1), (3, 7), (2, 256), (5, 1003), (2, MANY)], ids=str
@@ -43,7 +43,7 @@ def gumbel_arguments(columns, first_token=6):
         "temperature": torch.tensor([1.0, 0.6, 1.7, 1.0, 0.9]),
         "cut": torch.tensor([-math.inf, -1.0, 2.0, -math.inf, 0.5]),
         "seeds": there(SEEDS),
-        "positions": there(POSITIONS),
+        "places": there(PLACES),
         "sampled": torch.tensor([True, True, True, False, False]),
         "first_token": first_token,
     }
@@ -77,7 +77,7 @@ def everything(ops, logits, begin, end, arguments):
     part = logits[:, begin:end]
     temperature, cut, top = arguments["temperature"], arguments["cut"], logits.amax(1)
     prefix = torch.zeros(len(logits), dtype=torch.int64)
-    rest = [arguments[name] for name in ("seeds", "positions", "sampled")]
+    rest = [arguments[name] for name in ("seeds", "places", "sampled")]
     best, column = ops.gumbel_argmax(part, temperature, cut, *rest, begin)
     sums = [
         ops.row_mass(part, top)[:, None],

@@ -22,10 +22,10 @@ static inline float float_of(int32_t i) {
     return x;
 }
 
-/* Philox4x32-10: the words of tokens 4 * counter to 4 * counter + BLOCK - 1. */
-static void philox_block(uint64_t seed, uint32_t counter, uint32_t position, uint32_t *words) {
+/* Philox4x32-10: the words of tokens 4 * counter to 4 * counter + BLOCK - 1, at a place: position, sample index. */
+static void philox_block(uint64_t seed, uint32_t counter, uint64_t place, uint32_t *words) {
     for (int i = 0; i < BLOCK / LANES; i++) {
-        uint32_t x0 = counter + (uint32_t)i, x1 = position, x2 = 0, x3 = 0;
+        uint32_t x0 = counter + (uint32_t)i, x1 = (uint32_t)place, x2 = (uint32_t)(place >> 32), x3 = 0;
         uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
 #pragma GCC unroll 10
         for (int round = 0; round < 10; round++) {

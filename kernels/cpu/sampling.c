@@ -51,14 +51,14 @@ static void plain_block(const float *x, int n, int64_t column, Best *found) {
 
 /* Most scores cannot win, which a bound tells for much less than the noise costs: first of x alone, then of x and
    the random bits. What is left is worked out in order, so the outcome is that of working out all. */
-static void noisy_block(const float *x, int n, int64_t column, uint64_t seed, int64_t token, uint32_t position,
+static void noisy_block(const float *x, int n, int64_t column, uint64_t seed, int64_t token, uint64_t place,
                         Best *found) {
     uint32_t words[BLOCK];
     float bound[BLOCK];
     int promising = 0;
     for (int i = 0; i < n; i++) promising |= !(x[i] + LARGEST_NOISE <= found->best);
     if (!promising) return;
-    philox_block(seed, (uint32_t)(token / LANES), position, words);
+    philox_block(seed, (uint32_t)(token / LANES), place, words);
     const uint32_t *word = words + token % LANES;
     promising = 0;
     for (int i = 0; i < n; i++) {
@@ -82,7 +82,7 @@ static Best best_of_scores(const float *scores, int64_t begin, int64_t end) {
 }
 
 static Best best_of_logits(const float *logits, int64_t begin, int64_t end, float temperature, float cut, int sampled,
-                           uint64_t seed, uint32_t position, int64_t first_token) {
+                           uint64_t seed, uint64_t place, int64_t first_token) {
     float x[BLOCK];
     Best found = {-INFINITY, begin};
     int n;
@@ -95,7 +95,7 @@ static Best best_of_logits(const float *logits, int64_t begin, int64_t end, floa
             x[i] = scaled < cut ? -INFINITY : scaled;
         }
         if (sampled)
-            noisy_block(x, n, column, seed, token, position, &found);
+            noisy_block(x, n, column, seed, token, place, &found);
         else
             plain_block(x, n, column, &found);
     }
@@ -104,7 +104,7 @@ static Best best_of_logits(const float *logits, int64_t begin, int64_t end, floa
 
 /* sampled == NULL: row_argmax; the other vectors are not read then. */
 void sampling_argmax(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *temperature,
-                     const float *cut, const int64_t *seeds, const int64_t *positions, const uint8_t *sampled,
+                     const float *cut, const int64_t *seeds, const int64_t *places, const uint8_t *sampled,
                      int64_t first_token, float *best, int64_t *column, int threads) {
     int64_t ranges = (columns + RANGE - 1) / RANGE;
     for (int64_t row = 0; row < rows; row++) column[row] = INT64_MIN;
@@ -114,7 +114,7 @@ void sampling_argmax(const float *logits, int64_t stride, int64_t rows, int64_t 
         int64_t end = smaller(begin + RANGE, columns);
         const float *x = logits + row * stride;
         Best found = sampled ? best_of_logits(x, begin, end, temperature[row], cut[row], sampled[row],
-                                              (uint64_t)seeds[row], (uint32_t)positions[row], first_token)
+                                              (uint64_t)seeds[row], (uint64_t)places[row], first_token)
                              : best_of_scores(x, begin, end);
         /* The score above, the column below, the lowest one largest. */
         int64_t packed = (int64_t)rank_of(found.best) * (1LL << 32) + (UINT32_MAX - found.column);
@@ -261,7 +261,7 @@ void sampling_histogram(const float *logits, int64_t stride, int64_t rows, int64
 
 /* ---------------------------------------------------------------------------------------------- for tests */
 
-void sampling_philox(const int64_t *seeds, const int64_t *positions, int64_t rows, int64_t first_token, int64_t count,
+void sampling_philox(const int64_t *seeds, const int64_t *places, int64_t rows, int64_t first_token, int64_t count,
                      int64_t *out) {
     uint32_t words[BLOCK];
     for (int64_t row = 0; row < rows; row++) {
@@ -269,7 +269,7 @@ void sampling_philox(const int64_t *seeds, const int64_t *positions, int64_t row
         for (int64_t i = 0; i < count; i += n) {
             int64_t token = first_token + i;
             n = (int)smaller(BLOCK - token % LANES, count - i);
-            philox_block((uint64_t)seeds[row], (uint32_t)(token / LANES), (uint32_t)positions[row], words);
+            philox_block((uint64_t)seeds[row], (uint32_t)(token / LANES), (uint64_t)places[row], words);
             for (int j = 0; j < n; j++) out[row * count + i + j] = words[token % LANES + j];
         }
     }

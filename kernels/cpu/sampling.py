@@ -53,21 +53,21 @@ def gumbel_argmax(
     temperature: Tensor,
     cut: Tensor,
     seeds: Tensor,
-    positions: Tensor,
+    places: Tensor,
     sampled: Tensor,
     first_token: int,
 ) -> Best:
     """See `sampling_ops.gumbel_argmax`."""
     library = _library()
     if library is None:
-        return sampling_torch.gumbel_argmax(logits, temperature, cut, seeds, positions, sampled, first_token)
+        return sampling_torch.gumbel_argmax(logits, temperature, cut, seeds, places, sampled, first_token)
     best, column = torch.empty_like(cut), torch.empty_like(seeds)
     library.sampling_argmax(
         *_rows(logits),
         temperature.data_ptr(),
         cut.data_ptr(),
         seeds.data_ptr(),
-        positions.data_ptr(),
+        places.data_ptr(),
         sampled.data_ptr(),
         first_token,
         best.data_ptr(),
@@ -127,14 +127,14 @@ def mass_histogram(
     return histogram
 
 
-def philox(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Tensor:
+def philox(seeds: Tensor, places: Tensor, first_token: int, count: int) -> Tensor:
     """The words of the noise, [R, count] int64 in 0..2^32-1; for tests."""
     library = _library()
     if library is None:
-        return sampling_torch.philox(seeds, positions, first_token, count)
+        return sampling_torch.philox(seeds, places, first_token, count)
     words = seeds.new_empty(len(seeds), count)
     library.sampling_philox(
-        seeds.data_ptr(), positions.data_ptr(), len(seeds), first_token, count, words.data_ptr()
+        seeds.data_ptr(), places.data_ptr(), len(seeds), first_token, count, words.data_ptr()
     )
     return words
 

@@ -23,13 +23,13 @@ def gumbel_argmax(
     temperature: Tensor,
     cut: Tensor,
     seeds: Tensor,
-    positions: Tensor,
+    places: Tensor,
     sampled: Tensor,
     first_token: int,
 ) -> Best:
     """See `sampling_ops.gumbel_argmax`."""
     scaled = logits / temperature[:, None]
-    noise = gumbel(philox(seeds, positions, first_token, logits.shape[1]).bitwise_right_shift_(9))
+    noise = gumbel(philox(seeds, places, first_token, logits.shape[1]).bitwise_right_shift_(9))
     scores = noise.mul_(sampled[:, None]).add_(scaled)
     return row_argmax(scores.masked_fill_(scaled < cut[:, None], -torch.inf))
 
@@ -73,22 +73,25 @@ def gumbel(bits: Tensor) -> Tensor:
     return bits.double().add_(0.5).mul_(2.0**-23).log_().neg_().log_().neg_().float()
 
 
-def philox(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Tensor:
+def philox(seeds: Tensor, places: Tensor, first_token: int, count: int) -> Tensor:
     """The words of the noise: [R, count] int64 in 0..2^32-1, may be a view."""
     first_counter = first_token // _LANES
     counters = torch.arange(first_counter, -(-(first_token + count) // _LANES), device=seeds.device)
-    words = _philox_4x32(
-        counters, positions[:, None], (seeds & _WORD)[:, None], (seeds >> 32 & _WORD)[:, None]
-    )
+    words = _philox_4x32(counters, *_halves(places[:, None]), *_halves(seeds[:, None]))
     start = first_token - first_counter * _LANES
     return words.flatten(1)[:, start : start + count]
 
 
-def _philox_4x32(counters: Tensor, positions: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
-    """[R, len(counters), 4] int64: the four words of the counters (counter, position, 0, 0)."""
-    x0 = counters + torch.zeros_like(positions)
-    x1 = positions + torch.zeros_like(counters)
-    x2, x3 = torch.zeros_like(x0), torch.zeros_like(x0)
+def _halves(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high words of 64 bits."""
+    return bits & _WORD, bits >> 32 & _WORD
+
+
+def _philox_4x32(counters: Tensor, position: Tensor, index: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
+    """[R, len(counters), 4] int64: the four words of the counters (counter, position, index, 0)."""
+    x0 = counters + torch.zeros_like(position)
+    x1 = position + torch.zeros_like(counters)
+    x2, x3 = index + torch.zeros_like(counters), torch.zeros_like(x0)
     product0, product1 = torch.empty_like(x0), torch.empty_like(x0)
     for _ in range(_ROUNDS):
         # A product wraps around 2^64, which leaves its 64 bits right. Words 1 and 3 keep them all until the end:

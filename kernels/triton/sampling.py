@@ -32,11 +32,12 @@ def _packed(score, column):
 
 
 @triton.jit
-def _words(seed, position, first_counter, BLOCK: tl.constexpr):
+def _words(seed, place, first_counter, BLOCK: tl.constexpr):
     """The Philox words of BLOCK tokens from 4 * first_counter, uint32."""
     counter = (first_counter + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zeros = counter * 0
-    w0, w1, w2, w3 = tl.philox(seed, counter, zeros + position.to(tl.uint32), zeros, zeros)
+    position, index = zeros + place.to(tl.uint32), zeros + (place >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, counter, position, index, zeros)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
@@ -66,7 +67,7 @@ def argmax_kernel(
     temperature_ptr,
     cut_ptr,
     seeds_ptr,
-    positions_ptr,
+    places_ptr,
     sampled_ptr,
     packed_ptr,
     row_stride,
@@ -83,7 +84,7 @@ def argmax_kernel(
     largest = tl.full([BLOCK], -0x8000000000000000, tl.int64)
     if NOISE:
         temperature, cut = tl.load(temperature_ptr + row), tl.load(cut_ptr + row)
-        seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+        seed, place = tl.load(seeds_ptr + row), tl.load(places_ptr + row)
         sampled = tl.load(sampled_ptr + row) != 0
     for start in range(0, COLUMNS, BLOCK):
         column = begin + start - first_token + tl.arange(0, BLOCK)
@@ -91,7 +92,7 @@ def argmax_kernel(
         score = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=0.0)
         if NOISE:
             scaled = _quotient(score, temperature, BLOCK)
-            noise = _gumbel(_words(seed, position, (begin + start) // 4, BLOCK) >> 9)
+            noise = _gumbel(_words(seed, place, (begin + start) // 4, BLOCK) >> 9)
             score = tl.where(sampled, scaled + noise, scaled)
             score = tl.where(scaled < cut, float("-inf"), score)
         found = tl.where(inside, _packed(score, column), -0x8000000000000000)
@@ -168,12 +169,12 @@ def histogram_kernel(
 
 
 @triton.jit
-def philox_kernel(seeds_ptr, positions_ptr, out_ptr, first_token, count, BLOCK: tl.constexpr):
+def philox_kernel(seeds_ptr, places_ptr, out_ptr, first_token, count, BLOCK: tl.constexpr):
     """out[row, i]: the word of token first_token + i."""
     row = tl.program_id(0).to(tl.int64)
     begin = first_token // 4 * 4 + tl.program_id(1).to(tl.int64) * BLOCK
     column = begin - first_token + tl.arange(0, BLOCK)
-    words = _words(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), begin // 4, BLOCK)
+    words = _words(tl.load(seeds_ptr + row), tl.load(places_ptr + row), begin // 4, BLOCK)
     tl.store(out_ptr + row * count + column, words.to(tl.int64), mask=(column >= 0) & (column < count))
 
 
@@ -217,12 +218,12 @@ def gumbel_argmax(
     temperature: Tensor,
     cut: Tensor,
     seeds: Tensor,
-    positions: Tensor,
+    places: Tensor,
     sampled: Tensor,
     first_token: int,
 ) -> Best:
     """See `sampling_ops.gumbel_argmax`."""
-    vectors = (temperature, cut, seeds, positions, sampled.view(torch.int8))
+    vectors = (temperature, cut, seeds, places, sampled.view(torch.int8))
     return _argmax(logits, vectors, first_token, noise=True)
 
 
@@ -276,11 +277,11 @@ def _histogram(
     return histogram
 
 
-def philox(seeds: Tensor, positions: Tensor, first_token: int, count: int) -> Tensor:
+def philox(seeds: Tensor, places: Tensor, first_token: int, count: int) -> Tensor:
     """The words of the noise, [R, count] int64 in 0..2^32-1; for tests."""
     words = torch.empty(len(seeds), count, dtype=torch.int64, device=seeds.device)
     grid = (len(seeds), triton.cdiv(first_token % 4 + count, SAMPLING_BLOCK))
-    philox_kernel[grid](seeds, positions, words, first_token, count, BLOCK=SAMPLING_BLOCK)
+    philox_kernel[grid](seeds, places, words, first_token, count, BLOCK=SAMPLING_BLOCK)
     return words
 
 

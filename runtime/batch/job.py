@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from ..config import JobConfig
 from ..coordinator.executor import ShardHealth, ShardInfo
 from ..coordinator.request import Request
+from ..coordinator.samples import Samples
 from ..coordinator.stats import CoordinatorStats
 from ..errors import RequestError
 from ..models.prompt import Prompt
@@ -75,7 +76,7 @@ def run_batch(
     summary = BatchSummary(output.path)
     config = engine.config
     waiting_target = config.scheduler.max_num_seqs
-    running: dict[str, tuple[Row, Request]] = {}
+    running: dict[str, tuple[Row, Samples]] = {}
     coordinator = engine.coordinator
     started_s = shown_s = time.monotonic()
 
@@ -87,24 +88,29 @@ def run_batch(
         if isinstance(item, _Failure):
             return fail(item)
         row, request = item
+        samples = Samples(request)
         try:
-            coordinator.add(request)
+            for request in samples.requests:  # alike: what can never run fails with the first
+                coordinator.add(request)
         except RequestError as error:
             return fail(_Failure(row.row_id, "invalid_request", str(error)))
-        running[row.row_id] = item
+        running[row.row_id] = row, samples
 
     def finish(request: Request) -> None:
-        row, _ = running.pop(request.request_id)
-        if request.error is not None:
-            output.write(error_line(row.row_id, "system_error", "request_failed", request.error))
+        row, samples = running[request.request_id]
+        if not samples.end_one():
+            return
+        del running[request.request_id]
+        if samples.error is not None:
+            output.write(error_line(row.row_id, "system_error", "request_failed", samples.error))
             summary.num_failed += 1
         else:
-            output.write(answer_line(row, request, config.model, engine.tokenizer))
-            summary.add(request)
+            output.write(answer_line(row, samples.requests, config.model, engine.tokenizer))
+            summary.add(samples.requests)
 
     def show() -> None:
         num_tokens = summary.num_output_tokens
-        num_tokens += sum(len(request.output_token_ids) for _, request in running.values())
+        num_tokens += sum(samples.num_output_tokens for _, samples in running.values())
         progress.update(summary.num_ok + summary.num_failed, summary.num_failed, num_tokens)
 
     with _Feeder(rows, output.done, engine.make_request, 2 * waiting_target) as feeder:

@@ -46,7 +46,6 @@ _URLS = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 _MESSAGE_KEYS = frozenset({"role", "content", "name"})
 # Fields that are not supported, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "stream": (False,),
     "echo": (False,),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from ..coordinator.request import Request
@@ -18,9 +19,9 @@ class TokenDecoder(Protocol):
     def decode(self, token_ids: list[int]) -> str: ...
 
 
-def answer_line(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> bytes:
-    """The line of a request that finished."""
-    body = _body(row, request, model, tokenizer)
+def answer_line(row: Row, requests: Sequence[Request], model: str, tokenizer: TokenDecoder) -> bytes:
+    """The line of a row whose samples have finished: a choice for each."""
+    body = _body(row, requests, model, tokenizer)
     return _line(row.row_id, {"status_code": 200, "request_id": row.row_id, "body": body}, None)
 
 
@@ -29,9 +30,8 @@ def error_line(row_id: str, kind: Literal["input_error", "system_error"], code: 
     return _line(row_id, None, {"code": code, "message": message, "type": kind})
 
 
-def _body(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> dict[str, Any]:
-    num_prompt, num_output = len(request.prompt_token_ids), len(request.output_token_ids)
-    choice: dict[str, Any] = {"index": 0}
+def _choice(row: Row, request: Request, tokenizer: TokenDecoder) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": request.sample_index}
     if row.is_chat:
         choice["message"] = {"role": "assistant", "content": request.text}
     else:
@@ -42,12 +42,18 @@ def _body(row: Row, request: Request, model: str, tokenizer: TokenDecoder) -> di
     choice["logprobs"] = None
     if request.output_logprobs is not None:
         choice["logprobs"] = _logprobs(row, request.output_token_ids, request.output_logprobs, tokenizer)
+    return choice
+
+
+def _body(row: Row, requests: Sequence[Request], model: str, tokenizer: TokenDecoder) -> dict[str, Any]:
+    num_prompt = len(requests[0].prompt_token_ids)  # once: they share it
+    num_output = sum(len(request.output_token_ids) for request in requests)
     return {
         "id": ("chatcmpl-" if row.is_chat else "cmpl-") + _digest(row.row_id),
         "object": "chat.completion" if row.is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [choice],
+        "choices": [_choice(row, request, tokenizer) for request in requests],
         "usage": {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,

@@ -36,7 +36,7 @@ class Coordinator:
         self._has_tokenizer = tokenizer is not None
         self._end = EndOfRequest(eos_token_ids, tokenizer)
         self._scheduler = Scheduler(limits, tuple(sorted(set(eos_token_ids))), self.stats, epoch)
-        self._requests: dict[str, Request] = {}  # all that have not ended
+        self._requests: dict[tuple[str, int], Request] = {}  # by id and sample index; all that have not ended
         self._num_added = 0
         self._clock = clock
 
@@ -47,7 +47,7 @@ class Coordinator:
             raise RequestError(f'request "{request.request_id}": stop strings need a tokenizer')
         if request.sampling.bad_words and not request.bad_word_ids:
             raise RequestError(f'request "{request.request_id}": bad_words need a tokenizer')
-        if request.request_id in self._requests:
+        if (request.request_id, request.sample_index) in self._requests:
             raise RequestError(f'request "{request.request_id}": another one with this id has not ended')
 
     def add(self, request: Request) -> None:
@@ -58,12 +58,12 @@ class Coordinator:
         request.arrived_s = self._clock()
         self._num_added += 1
         self._end.prepare(request)
-        self._requests[request.request_id] = request
+        self._requests[request.request_id, request.sample_index] = request
         self._scheduler.add(request)
 
-    def abort(self, request_id: str) -> Request | None:
+    def abort(self, request_id: str, sample_index: int = 0) -> Request | None:
         """End a request now, with the tokens it has; None if it isn't here. `step` won't return it."""
-        request = self._requests.get(request_id)
+        request = self._requests.get((request_id, sample_index))
         if request is not None:
             self._finish(request, "abort")
         return request
@@ -117,4 +117,4 @@ class Coordinator:
         self._end.complete_text(request)
         self.stats.num_prompt_tokens += len(request.prompt_token_ids)
         self.stats.num_output_tokens += len(request.output_token_ids)
-        del self._requests[request.request_id]
+        del self._requests[request.request_id, request.sample_index]

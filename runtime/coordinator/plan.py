@@ -32,6 +32,7 @@ class SlotSampling:
     logprobs: bool
     stop_ids: tuple[int, ...]  # tokens suppressed while the new token's position is below stop_from
     stop_from: int  # first position in the sequence where an end token is allowed
+    sample_index: int = 0  # which sample of its prompt this is: part of the noise's key, as the seed
     rules: LogitsRules | None = None  # None: the logits are used as they are
 
     @property
@@ -118,6 +119,7 @@ def encode_plan(plan: StepPlan) -> bytes:
                 slot.sampling.logprobs,
                 slot.sampling.stop_ids,
                 slot.sampling.stop_from,
+                slot.sampling.sample_index,
                 None if slot.sampling.rules is None else slot.sampling.rules.pack(),
             ),
         )

@@ -10,6 +10,9 @@ Blocks of prompts can be found from the moment the plan that fills them has been
 in order and whoever finds them is in a later one. Blocks of generated tokens can be once their row has
 left its slot (what it generated, nobody else begins with meanwhile), as far as the token after them is
 known too: it shows that they are finite.
+
+The samples of one prompt (n above 1) meet in the same way. They also do where prefix caching is off: then the hashes of
+a prompt begin with its request's id, and nobody else finds them.
 """
 
 import hashlib
@@ -25,8 +28,11 @@ _HASH_BYTES = 16
 _TOKEN_BYTES = 4
 
 
-def extend_hashes(request: Request, block_size: int) -> None:
-    """Bring `block_hashes` up to every full block of the tokens known so far."""
+def extend_hashes(request: Request, block_size: int, salt: bytes = b"") -> None:
+    """Bring `block_hashes` up to every full block of the tokens known so far.
+
+    salt: takes the place of a hash before the first block.
+    """
     start = len(request.block_hashes) * block_size
     num_full = request.num_tokens // block_size - len(request.block_hashes)
     if num_full == 0:
@@ -34,7 +40,7 @@ def extend_hashes(request: Request, block_size: int) -> None:
     num_prompt = len(request.prompt_token_ids)
     tokens = request.prompt_token_ids[start:] + request.output_token_ids[max(start - num_prompt, 0) :]
     data = np.array(tokens, np.int32).tobytes()
-    block_hash = request.block_hashes[-1] if request.block_hashes else b""
+    block_hash = request.block_hashes[-1] if request.block_hashes else salt
     step = block_size * _TOKEN_BYTES
     for offset in range(0, num_full * step, step):
         block_hash = hashlib.blake2b(
@@ -44,21 +50,25 @@ def extend_hashes(request: Request, block_size: int) -> None:
 
 
 class Prefixes:
-    """Finds and publishes blocks by what is in them; neither where prefix caching is off."""
+    """Finds and publishes blocks by what is in them, for requests that may share."""
 
     def __init__(self, blocks: BlockManager, limits: Limits) -> None:
         self._blocks = blocks
+        self._limits = limits
         self._block_size = limits.block_size
-        self.enabled = limits.cache_enabled and limits.prefix_caching
+
+    def may_share(self, request: Request) -> bool:
+        """With all others, or with the other samples of its prompt alone."""
+        return self._limits.cache_enabled and (self._limits.prefix_caching or request.sampling.n > 1)
 
     def find(self, request: Request) -> list[int]:
         """The cached or used blocks that begin as `request` does.
 
         They leave out its last known token at least, since only what is computed has logits.
         """
-        if not self.enabled:
+        if not self.may_share(request):
             return []
-        extend_hashes(request, self._block_size)
+        self._extend_hashes(request)
         return self._blocks.find(request.block_hashes[: self._most(request)])
 
     def is_being_computed(
@@ -68,7 +78,7 @@ class Prefixes:
 
         chunk_slots: slots whose prefills this plan brings to their end, as it has room for more.
         """
-        if not self.enabled or num_found >= self._most(request):
+        if not self.may_share(request) or num_found >= self._most(request):
             return False
         wanted, end = request.block_hashes[num_found], (num_found + 1) * self._block_size
         for slot in chunk_slots:
@@ -79,9 +89,9 @@ class Prefixes:
 
     def publish(self, request: Request, start: int, end: int) -> None:
         """Let others find the blocks that `request` filled with its tokens from `start` up to `end`."""
-        if not self.enabled:
+        if not self.may_share(request):
             return
-        extend_hashes(request, self._block_size)
+        self._extend_hashes(request)
         for index in range(start // self._block_size, end // self._block_size):
             self._blocks.publish(request.block_ids[index], request.block_hashes[index])
 
@@ -91,6 +101,12 @@ class Prefixes:
         Also what it shared: that is where the cause may be. If it is not, it is computed again once.
         """
         self._blocks.withdraw(request.block_hashes)
+
+    def _extend_hashes(self, request: Request) -> None:
+        salt = b""
+        if not self._limits.prefix_caching:
+            salt = hashlib.blake2b(request.request_id.encode(), digest_size=_HASH_BYTES).digest()
+        extend_hashes(request, self._block_size, salt)
 
     def _most(self, request: Request) -> int:
         return (request.num_tokens - 1) // self._block_size

@@ -36,6 +36,7 @@ class Request:
     sampling: SamplingParams
     seed: int  # 64 bits, unsigned
     bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the tokens of `sampling.bad_words`
+    sample_index: int = 0  # which of the `sampling.n` requests with this id and prompt
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
     output_logprobs: list[float] | None = None  # of the raw logits, one an output token, when asked for
@@ -76,6 +77,12 @@ class Request:
         seed = request_seed(sampling, job_seed, request_id)
         return cls(request_id, prompt_token_ids, sampling, seed, bad_word_ids)
 
+    def sample(self, index: int) -> "Request":
+        """A new request for another sample of the same prompt."""
+        return Request(
+            self.request_id, self.prompt_token_ids, self.sampling, self.seed, self.bad_word_ids, index
+        )
+
     @property
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
@@ -110,6 +117,7 @@ class Request:
             logprobs=sampling.logprobs is not None,
             stop_ids=stop_ids,
             stop_from=len(self.prompt_token_ids) + sampling.min_tokens,
+            sample_index=self.sample_index,
             rules=self._logits_rules(),
         )
 

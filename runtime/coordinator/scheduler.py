@@ -208,7 +208,7 @@ class Scheduler:
         self._prefills[slot] = np.array(request.prompt_token_ids + request.output_token_ids, np.int32)
         if request.admitted_s is None:
             request.admitted_s = now
-            if self._prefixes.enabled:
+            if self._prefixes.may_share(request):
                 self._stats.num_cached_prompt_tokens += num_cached
                 self._stats.num_looked_up_prompt_tokens += len(request.prompt_token_ids)
         sampling = request.slot_sampling(self._eos_token_ids)

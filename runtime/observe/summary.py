@@ -47,17 +47,18 @@ class BatchSummary:
     shards: list[ShardUse] = field(default_factory=list)
     scheduler: CoordinatorStats = field(default_factory=CoordinatorStats)
 
-    def add(self, request: Request) -> None:
-        """Count one answered request."""
+    def add(self, requests: Sequence[Request]) -> None:
+        """Count one answered row: the samples of one prompt."""
         self.num_ok += 1
-        self.num_prompt_tokens += len(request.prompt_token_ids)
-        self.num_output_tokens += len(request.output_token_ids)
-        if request.ttft_ms is not None:
-            self.ttft_ms.append(request.ttft_ms)
-        if request.tpot_ms is not None:
-            self.tpot_ms.append(request.tpot_ms)
-        if self.sample is None and request.text.strip():
-            self.sample = (request.request_id, request.text.strip())
+        self.num_prompt_tokens += len(requests[0].prompt_token_ids)
+        for request in requests:
+            self.num_output_tokens += len(request.output_token_ids)
+            if request.ttft_ms is not None:
+                self.ttft_ms.append(request.ttft_ms)
+            if request.tpot_ms is not None:
+                self.tpot_ms.append(request.tpot_ms)
+            if self.sample is None and request.text.strip():
+                self.sample = (request.request_id, request.text.strip())
 
     def add_engine(
         self, infos: Sequence[ShardInfo], health: Sequence[ShardHealth], stats: CoordinatorStats

@@ -57,6 +57,7 @@ class Sampler:
         self._log_min_p = np.full(max_num_seqs, -np.inf, np.float64)
         self._samples = np.zeros(max_num_seqs, np.bool_)
         self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._sample_index = np.zeros(max_num_seqs, np.int64)
         self._logprobs = np.zeros(max_num_seqs, np.bool_)
         self._processors = LogitsProcessors(vocab_rows, max_num_seqs, device)
 
@@ -70,6 +71,7 @@ class Sampler:
         self._top_p[slot] = sampling.top_p if samples else 1.0
         self._log_min_p[slot] = math.log(sampling.min_p) if samples and sampling.min_p > 0 else -math.inf
         self._seed[slot] = sampling.seed
+        self._sample_index[slot] = sampling.sample_index
         self._logprobs[slot] = sampling.logprobs
         self._processors.open(slot, sampling)
 
@@ -99,8 +101,9 @@ class Sampler:
     def _perturbed_best(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor]:
         """This rank's largest score and its column: of the samples, and in greedy rows of the logits."""
         samples = self._samples[slots]
+        places = positions + (self._sample_index[slots] << 32)
         seeds, places, top_k = self._to_device(
-            np.stack((self._seed[slots].view(np.int64), positions, self._top_k[slots]))
+            np.stack((self._seed[slots].view(np.int64), places, self._top_k[slots]))
         )
         temperature, top_p, log_min_p, is_sampled = self._to_device(
             np.stack((self._temperature[slots], self._top_p[slots], self._log_min_p[slots], samples))

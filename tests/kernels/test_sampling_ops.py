@@ -6,7 +6,7 @@ import pytest
 import torch
 from sampling_cases import (
     MANY,
-    POSITIONS,
+    PLACES,
     SEEDS,
     SHAPES,
     everything,
@@ -30,16 +30,18 @@ ALL_BITS = 1 << 23
 @pytest.mark.parametrize("first_token", [0, 1, 6, 49151, (1 << 34) - 600], ids=str)
 @pytest.mark.parametrize("count", [1, 3, 600])
 def test_random_words_are_bit_equal(ops, first_token, count):
-    got = ops.philox(there(SEEDS), there(POSITIONS), first_token, count)
-    assert torch.equal(got.cpu(), in_reference("philox", SEEDS, POSITIONS, first_token, count))
+    got = ops.philox(there(SEEDS), there(PLACES), first_token, count)
+    assert torch.equal(got.cpu(), in_reference("philox", SEEDS, PLACES, first_token, count))
 
 
 @pytest.mark.parametrize(
-    ("seed", "position", "first_token"), [(1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 0, 4)], ids=str
+    ("seed", "place", "first_token"),
+    [(1, 0, 0), (1 << 32, 0, 0), (0, 1, 0), (0, 1 << 32, 0), (0, 0, 4)],
+    ids=str,
 )
-def test_random_words_of_another_name_differ(ops, seed, position, first_token):
-    got = ops.philox(there(SEEDS ^ seed), there(POSITIONS ^ position), first_token, 200)
-    assert (got.cpu() != in_reference("philox", SEEDS, POSITIONS, 0, 200)).float().mean() > 0.99
+def test_random_words_of_another_name_differ(ops, seed, place, first_token):
+    got = ops.philox(there(SEEDS ^ seed), there(PLACES ^ place), first_token, 200)
+    assert (got.cpu() != in_reference("philox", SEEDS, PLACES, 0, 200)).float().mean() > 0.99
 
 
 def units_apart(got, exact):
@@ -129,17 +131,17 @@ def test_gumbel_argmax_of_many_rows_of_few_columns(ops, spread):
     rows = 24 if ops.__name__.endswith("triton.sampling") else 5000
     arguments = gumbel_arguments(1)
     arguments["logits"] = random_logits(rows, 3) * spread
-    for name in ("temperature", "cut", "seeds", "positions", "sampled"):
+    for name in ("temperature", "cut", "seeds", "places", "sampled"):
         arguments[name] = arguments[name][:1].repeat(rows)
-    arguments["positions"] = torch.arange(rows)
+    arguments["places"] = torch.arange(rows)
     assert same(ops.gumbel_argmax(*arguments.values()), gumbel_reference(arguments))
 
 
 def test_rare_noise_wins_over_a_larger_logit(ops):
     """A token with noise above 12 against one that is ahead of it by less: no bound of all noise may overlook it."""
-    positions, count = torch.arange(64, device="cpu"), 40000
-    seeds = torch.zeros_like(positions)
-    noise = in_reference("gumbel_noise", seeds, positions, 0, count)
+    places, count = torch.arange(64, device="cpu"), 40000
+    seeds = torch.zeros_like(places)
+    noise = in_reference("gumbel_noise", seeds, places, 0, count)
     noise[:, :5000] = 0  # the winner stands in another tile than the first token
     rows = (noise.amax(1) > 12).nonzero()[:8, 0]
     assert len(rows) == 8
@@ -148,9 +150,9 @@ def test_rare_noise_wins_over_a_larger_logit(ops):
     for row in range(8):
         # The first token has what is nearly the winner's score; the winner is at column 5001.
         shift = int(winner[row]) - 5001
-        first = in_reference("gumbel_noise", seeds[:1], positions[rows[row : row + 1]], shift, 1)[0, 0]
+        first = in_reference("gumbel_noise", seeds[:1], places[rows[row : row + 1]], shift, 1)[0, 0]
         logits[row, 0], logits[row, 5001] = largest[row] - first - 0.01, 0.0
-        arguments = [torch.ones(1), torch.full((1,), -math.inf), seeds[:1], positions[rows[row : row + 1]]]
+        arguments = [torch.ones(1), torch.full((1,), -math.inf), seeds[:1], places[rows[row : row + 1]]]
         best, column = ops.gumbel_argmax(
             there(logits[row : row + 1]), *map(there, arguments), torch.ones(1, dtype=torch.bool), shift
         )
@@ -165,7 +167,8 @@ def test_rare_noise_wins_over_a_larger_logit(ops):
         ("temperature", lambda x: x * 1.3),
         ("cut", lambda x: x + 9),
         ("seeds", lambda x: x ^ 1 << 40),
-        ("positions", lambda x: x ^ 1),
+        ("places", lambda x: x ^ 1),
+        ("places", lambda x: x ^ 1 << 32),
         ("sampled", lambda x: ~x),
         ("first_token", lambda x: x + 1),
     ],
@@ -227,7 +230,7 @@ BAD = {
     "temperature": [torch.ones(4), torch.ones(5).double(), torch.ones(5, 1)],
     "cut": [torch.ones(4), torch.ones(10)[::2]],
     "seeds": [torch.ones(5), torch.ones(4, dtype=torch.int64)],
-    "positions": [torch.ones(5, dtype=torch.int32)],
+    "places": [torch.ones(5, dtype=torch.int32)],
     "sampled": [torch.ones(5)],
     "first_token": [-1, (1 << 34) - 8],
 }

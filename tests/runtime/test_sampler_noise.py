@@ -40,9 +40,8 @@ def signed(seed: int) -> int:
     return seed - (1 << 64) if seed >> 63 else seed
 
 
-def noise(seed: int, position: int, tokens: range) -> Tensor:
-    seeds, positions = torch.tensor([signed(seed)]), torch.tensor([position])
-    return gumbel_noise(seeds, positions, tokens.start, len(tokens))[0]
+def noise(seed: int, place: int, tokens: range) -> Tensor:
+    return gumbel_noise(torch.tensor([signed(seed)]), torch.tensor([place]), tokens.start, len(tokens))[0]
 
 
 def philox_in_integers(counter: list[int], key: list[int]) -> list[int]:
@@ -79,11 +78,12 @@ def test_counters_and_keys_broadcast() -> None:
             assert [int(word[row, block]) for word in words] == expected
 
 
-def test_noise_of_each_token_follows_the_definition() -> None:
+@pytest.mark.parametrize("sample_index", [0, 1, 2**31 - 1])
+def test_noise_of_each_token_follows_the_definition(sample_index: int) -> None:
     tokens = range(49150, 49159)
-    got = noise(SEED, POSITION, tokens)
+    got = noise(SEED, POSITION + (sample_index << 32), tokens)
     for value, token in zip(got.tolist(), tokens, strict=True):
-        words = philox_in_integers([token // 4, POSITION, 0, 0], [SEED & ALL_ONES, SEED >> 32])
+        words = philox_in_integers([token // 4, POSITION, sample_index, 0], [SEED & ALL_ONES, SEED >> 32])
         uniform = ((words[token % 4] >> 9) + 0.5) * 2**-23
         assert value == pytest.approx(-math.log(-math.log(uniform)), rel=1e-6, abs=1e-6)
 
@@ -96,12 +96,18 @@ def test_noise_does_not_depend_on_the_range_asked_for(start: int, count: int) ->
 
 
 @pytest.mark.parametrize(
-    ("seed", "position"),
-    [(SEED ^ 1, POSITION), (SEED ^ 1 << 32, POSITION), (SEED ^ 1 << 63, POSITION), (SEED, POSITION + 1)],
+    ("seed", "place"),
+    [
+        (SEED ^ 1, POSITION),
+        (SEED ^ 1 << 32, POSITION),
+        (SEED ^ 1 << 63, POSITION),
+        (SEED, POSITION + 1),
+        (SEED, POSITION + (1 << 32)),
+    ],
 )
-def test_each_part_of_the_name_changes_all_noise(seed: int, position: int) -> None:
+def test_each_part_of_the_name_changes_all_noise(seed: int, place: int) -> None:
     tokens = range(1000)
-    assert (noise(seed, position, tokens) != noise(SEED, POSITION, tokens)).float().mean() > 0.99
+    assert (noise(seed, place, tokens) != noise(SEED, POSITION, tokens)).float().mean() > 0.99
 
 
 @pytest.mark.parametrize(("bits", "uniform"), [(0, 2**-24), (2**23 - 1, 1 - 2**-24)])

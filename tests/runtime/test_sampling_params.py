@@ -11,6 +11,9 @@ from kvshard.runtime.sampling_params import SamplingParams
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"n": 0}, "greater than or equal to 1"),
+        ({"n": 100_000}, "less than or equal to 16384"),
+        ({"n": 2, "temperature": 0}, "n=2 with temperature=0: greedy answers would all be the same"),
         ({"presence_penalty": 2.1}, "less than or equal to 2"),
         ({"frequency_penalty": -2.1}, "greater than or equal to -2"),
         ({"repetition_penalty": 0}, "greater than 0"),

@@ -36,7 +36,7 @@ class FakeTokenizer:
 
 
 class FakeExecutor:
-    """The n-th token that a slot samples is the n-th letter; its log probability is -n."""
+    """The n-th token that a slot samples is the n-th letter from A, or from B for sample 1; its log probability is -n."""
 
     def __init__(self, step_s: float = 0.0) -> None:
         self.step_s = step_s
@@ -46,6 +46,8 @@ class FakeExecutor:
         self.closed = False
         self._plans: deque[StepPlan] = deque()
         self._sampled: dict[int, int] = {}
+        self._first: dict[int, int] = {}
+        self.fails: Callable[[int], bool] = lambda sample_index: False
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
@@ -59,11 +61,12 @@ class FakeExecutor:
         plan = self._plans.popleft()
         for opened in plan.opened:
             self._sampled[opened.slot] = 0
+            self._first[opened.slot] = opened.sampling.sample_index
         token_ids = np.full(plan.num_rows, NO_TOKEN, np.int32)
         logprobs = np.zeros(plan.num_rows, np.float32)
         for row, slot in enumerate(plan.row_slots.tolist()):
-            if plan.row_samples[row]:
-                token_ids[row] = ord("A") + self._sampled[slot] % 26
+            if plan.row_samples[row] and not self.fails(self._first[slot]):
+                token_ids[row] = ord("A") + (self._first[slot] + self._sampled[slot]) % 26
                 self._sampled[slot] += 1
                 logprobs[row] = -self._sampled[slot]
         return StepResult(plan.epoch, plan.step_id, token_ids, logprobs, 0.0)

@@ -109,6 +109,58 @@ def test_the_answer_of_a_chat(tmp_path: Path) -> None:
     assert by_id["b"]["choices"][0]["logprobs"] == {"content": content}
 
 
+def test_a_row_with_samples_is_one_line_when_all_have_ended(tmp_path: Path) -> None:
+    sampling = SamplingParams(n=3, max_tokens=9, stop="D")
+    source = [Row("a", "prompt", False, sampling), Row("b", "prompt", True, sampling)]
+    engine, progress = FakeEngine(make_config(max_num_seqs=2)), Watched()
+    summary, lines = run(tmp_path / "out.jsonl", iter(source), engine, progress=progress)
+    by_id = {line["custom_id"]: line["response"]["body"] for line in lines}
+    choices = by_id["a"]["choices"]
+    assert [(choice["index"], choice["text"]) for choice in choices] == [(0, "ABC"), (1, "BC"), (2, "C")]
+    assert [choice["token_ids"] for choice in choices] == [[65, 66, 67, 68], [66, 67, 68], [67, 68]]
+    assert [choice["message"]["content"] for choice in by_id["b"]["choices"]] == ["ABC", "BC", "C"]
+    assert by_id["a"]["usage"] == {"prompt_tokens": 6, "completion_tokens": 9, "total_tokens": 15}
+    assert len(lines) == summary.num_ok == 2
+    assert (summary.num_prompt_tokens, summary.num_output_tokens, len(summary.ttft_ms)) == (12, 18, 6)
+    assert progress.last == (2, 0, 18)
+
+
+def test_a_row_one_of_whose_samples_fails_says_so_and_runs_again(tmp_path: Path) -> None:
+    engine = FakeEngine(make_config())
+    engine.executor.fails = lambda sample_index: sample_index == 1
+    sampling = SamplingParams(n=3, max_tokens=3)
+    source = [Row("bad", "x", False, sampling), Row("good", "x", False, SAMPLING)]
+    summary, lines = run(tmp_path / "out.jsonl", iter(source), engine)
+    assert (summary.num_ok, summary.num_failed) == (1, 1)
+    [error] = [line["error"] for line in lines if line["custom_id"] == "bad"]
+    assert error["type"] == "system_error"
+    assert error["message"].startswith(
+        "1 of 3 samples failed, the first at index 1: the model's logits are not"
+    )
+    summary, lines = run(tmp_path / "out.jsonl", iter(source))
+    assert (summary.num_ok, summary.num_skipped) == (1, 1)
+    assert [line["custom_id"] for line in lines] == ["good", "bad"]
+    assert [choice["text"] for choice in lines[1]["response"]["body"]["choices"]] == ["ABC", "BCD", "CDE"]
+
+
+def test_a_job_stopped_between_samples_writes_their_row_once(tmp_path: Path) -> None:
+    """The first sample of every row has ended; none is lost, none comes twice."""
+    engine, stop = FakeEngine(make_config(max_num_seqs=1)), threading.Event()
+    sampling = SamplingParams(n=2, max_tokens=3)
+
+    def stop_in_the_second_row() -> None:
+        if engine.executor.num_results == 10:
+            stop.set()
+
+    engine.executor.on_step = stop_in_the_second_row
+    summary, lines = run(tmp_path / "out.jsonl", rows(3, sampling), engine, stop)
+    assert (summary.interrupted, [line["custom_id"] for line in lines]) == (True, ["r0"])
+    summary, lines = run(tmp_path / "out.jsonl", rows(3, sampling))
+    assert (summary.num_ok, summary.num_skipped) == (2, 1)
+    assert [line["custom_id"] for line in lines] == ["r0", "r1", "r2"]
+    assert {len(line["response"]["body"]["choices"]) for line in lines} == {2}
+
+
 def test_bad_rows_fail_and_the_others_go_on(tmp_path: Path) -> None:
     too_long = SamplingParams(max_tokens=1000)
     source: list[Row | BadRow] = [
@@ -116,11 +168,12 @@ def test_bad_rows_fail_and_the_others_go_on(tmp_path: Path) -> None:
         BadRow("line-2", "invalid_line", "rows.jsonl line 2: not valid JSON"),
         Row("refused", "\0", False, SAMPLING),
         Row("long", "x" * 500, False, too_long),
+        Row("long, many", "x" * 500, False, SamplingParams(n=3, max_tokens=1000)),
         Row("b", "x", False, SAMPLING),
     ]
     summary, lines = run(tmp_path / "out.jsonl", iter(source))
     errors = {line["custom_id"]: line["error"] for line in lines}
-    assert errors.keys() == {"a", "line-2", "refused", "long", "b"}
+    assert errors.keys() == {"a", "line-2", "refused", "long", "long, many", "b"}
     assert errors["a"] is errors["b"] is None
     assert errors["line-2"] == {
         "code": "invalid_line",
@@ -130,8 +183,9 @@ def test_bad_rows_fail_and_the_others_go_on(tmp_path: Path) -> None:
     assert errors["refused"]["code"] == "invalid_request"
     assert errors["refused"]["message"] == "this prompt cannot be tokenised"
     assert "500" in errors["long"]["message"]  # its numbers
+    assert errors["long, many"]["message"] == errors["long"]["message"].replace('"long"', '"long, many"')
     assert all(line["response"] is None for line in lines if line["error"])
-    assert (summary.num_ok, summary.num_failed) == (2, 3)
+    assert (summary.num_ok, summary.num_failed) == (2, 4)
 
 
 def test_finished_rows_are_skipped_before_they_are_tokenised(tmp_path: Path) -> None:

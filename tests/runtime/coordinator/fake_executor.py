@@ -41,6 +41,11 @@ def next_token(sequence: list[int], seed: int, suppressed: Iterable[int] = ()) -
     raise AssertionError("every token is suppressed")
 
 
+def noise_key(seed: int, sample_index: int) -> int:
+    """Another one for each sample of a prompt; the seed for the first."""
+    return seed + 1000003 * sample_index
+
+
 def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tuple[list[int], str]:
     """(output tokens, finish reason) by definition, one token at a time; stop strings are left out."""
     sampling = request.sampling
@@ -50,7 +55,8 @@ def expected(request: Request, eos: tuple[int, ...], max_model_len: int) -> tupl
     output: list[int] = []
     while True:
         suppressed = ends if len(output) < sampling.min_tokens else ()
-        output.append(next_token(request.prompt_token_ids + output, request.seed, suppressed)[0])
+        key = noise_key(request.seed, request.sample_index)
+        output.append(next_token(request.prompt_token_ids + output, key, suppressed)[0])
         if output[-1] in ends and len(output) > sampling.min_tokens:
             return output, "stop"
         if len(output) == most:
@@ -176,7 +182,7 @@ class FakeShards:
         if self.without_token(sequence, sampling.seed):
             return NO_TOKEN, 0.0
         suppressed = sampling.stop_ids if slot.context_len < sampling.stop_from else ()
-        return next_token(sequence, sampling.seed, suppressed)
+        return next_token(sequence, noise_key(sampling.seed, sampling.sample_index), suppressed)
 
 
 class LetterTokenizer:

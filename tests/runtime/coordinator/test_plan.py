@@ -56,6 +56,7 @@ samplings = st.builds(
     logprobs=st.booleans(),
     stop_ids=st.lists(int32, max_size=3).map(tuple),
     stop_from=st.integers(0, 2**31 - 1),
+    sample_index=st.integers(0, 2**31 - 1),
     rules=st.none() | rules,
 )
 opened = st.builds(

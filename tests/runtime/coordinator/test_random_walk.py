@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from kvshard.runtime.coordinator.samples import Samples
+
 NUM_WALKS = 240
 
 
@@ -43,8 +45,9 @@ def _request(fake: ModuleType, chance: random.Random, name: str, rows: list[Any]
     prefix = _prefix(fake, chance, rows)
     return fake.make_request(
         name,
-        max(chance.randrange(1, 28), len(prefix) + chance.randrange(0, 2), 1),
-        prefix,
+        n=chance.choice([1, 1, 1, 3]),
+        num_prompt=max(chance.randrange(1, 28), len(prefix) + chance.randrange(0, 2), 1),
+        prefix=prefix,
         max_tokens=max_tokens,
         min_tokens=0 if max_tokens is None else chance.randrange(0, max_tokens + 1),
         stop_token_ids=chance.sample(range(97), chance.choice([0, 0, 4])),
@@ -66,12 +69,14 @@ def test_walk(fake: ModuleType, first_seed: int) -> None:
         for _ in range(chance.randrange(10, 60)):
             action = chance.random()
             if action < 0.3 and len(rows) < 14:
-                rows.append(_request(fake, chance, f"{seed} {len(rows)}", rows))
+                samples = Samples(_request(fake, chance, f"{seed} {len(rows)}", rows)).requests
+                rows += samples
                 if chance.random() < 0.1 and rows[-1].sampling.seed is None:
                     fails_at[rows[-1].seed] = chance.randrange(1, 40)
-                run.add(rows[-1])
+                run.add(*samples)
             elif action < 0.36 and rows:
-                run.coordinator.abort(chance.choice(rows).request_id)
+                aborted = chance.choice(rows)
+                run.coordinator.abort(aborted.request_id, aborted.sample_index)
                 run.coordinator.check_integrity()
             else:
                 before, num_in_flight = set(blocks._published), run.coordinator._scheduler.num_sent

@@ -27,8 +27,8 @@ def finished(request_id: str, num_tokens: int, text: str, first_s: float, per_to
 
 def make_summary() -> BatchSummary:
     summary = BatchSummary(Path("/data/" + "long/" * 20 + "out.jsonl"), num_failed=2, num_skipped=5)
-    summary.add(finished("a", 5, "  ", 0.1, 0.02))
-    summary.add(finished("b", 1, "An [red]answer[/red].\nTwo lines.", 0.3, 0.0))
+    summary.add([finished("a", 5, "  ", 0.1, 0.02)])
+    summary.add([finished("b", 1, "An [red]answer[/red].\nTwo lines.", 0.3, 0.0)])
     summary.wall_s = 2.0
     info = ShardInfo(
         0, "a-host-with-a-long-name.example.org", 7, "cuda:0", 32, 8, 2**34, 2**35, 1000, "nccl", 4

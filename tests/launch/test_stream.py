@@ -1,0 +1,228 @@
+"""`generate` with n above 1 and as a stream, over a fake engine."""
+
+import gc
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvshard.launch.llm import LLM, RequestOutput
+from kvshard.runtime.errors import ConfigError, RequestError, ShardError
+from kvshard.runtime.sampling_params import SamplingParams
+
+from ..runtime.batch.fakes import NUM_BLOCKS, FakeEngine, fake_engine_module
+
+SHORT = SamplingParams(temperature=0, max_tokens=3)
+LONG = SamplingParams(temperature=0, max_tokens=100)
+
+
+@pytest.fixture(autouse=True)
+def _fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kvshard.launch.engine", fake_engine_module())
+
+
+def engine_of(llm: LLM) -> FakeEngine:
+    assert len(FakeEngine.started) == 1
+    return FakeEngine.started[0]
+
+
+def assert_idle(llm: LLM) -> None:
+    coordinator = engine_of(llm).coordinator
+    assert not coordinator.has_work
+    coordinator.check_integrity()
+    assert coordinator._scheduler.blocks.num_free == NUM_BLOCKS - 1
+
+
+def texts(output: RequestOutput) -> list[str]:
+    return [answer.text for answer in output.outputs]
+
+
+# ---------------------------------------------------------------------------------------------- samples
+
+
+def test_n_answers_to_one_prompt() -> None:
+    params = SamplingParams(n=3, max_tokens=9, stop="D", logprobs=0)
+    with LLM(model="m", scheduler={"max_num_seqs": 2}) as llm:
+        first, second = llm.generate(["a", "b"], [params, SHORT])
+        assert_idle(llm)
+    assert texts(first) == ["ABC", "BC", "C"]
+    assert [answer.index for answer in first.outputs] == [0, 1, 2]
+    assert first.outputs[2].token_ids == [67, 68]
+    assert (first.request_id, first.prompt_token_ids, first.error) == ("0", [97], None)
+    assert (second.request_id, texts(second)) == ("1", ["ABC"])
+    metrics = first.metrics
+    assert metrics.admitted_s is not None
+    assert metrics.first_token_s is not None
+    assert metrics.ttft_ms == (metrics.first_token_s - metrics.admitted_s) * 1e3
+    assert metrics.finished_s is not None
+    assert metrics.tpot_ms is not None
+
+
+def test_a_sample_without_an_answer_is_told_from_the_others() -> None:
+    with LLM(model="m") as llm:
+        engine_of(llm).executor.fails = lambda sample_index: sample_index == 1
+        [output] = llm.generate("a", SamplingParams(n=3, max_tokens=3))
+    assert output.error is not None
+    assert output.error.startswith("1 of 3 samples failed, the first at index 1: the model's logits")
+    assert [answer.finish_reason for answer in output.outputs] == ["length", "error", "length"]
+    assert texts(output) == ["ABC", "", "CDE"]
+
+
+def test_abort_ends_all_samples() -> None:
+    with LLM(model="m", scheduler={"max_num_seqs": 2}) as llm:
+        executor = engine_of(llm).executor
+        executor.on_step = lambda: llm.abort("0") if executor.num_results == 4 else None
+        aborted, other = llm.generate(["a", "b"], [SamplingParams(n=3, max_tokens=100), SHORT])
+        assert_idle(llm)
+    assert [answer.finish_reason for answer in aborted.outputs] == ["abort"] * 3
+    assert texts(aborted)[2] == ""  # it never had a slot
+    assert texts(other) == ["ABC"]
+
+
+# ----------------------------------------------------------------------------------------------- stream
+
+
+def test_a_stream_gives_outputs_as_they_end() -> None:
+    params = [SamplingParams(temperature=0, max_tokens=count) for count in (9, 1, 4)]
+    with LLM(model="m") as llm:
+        stream = llm.generate(["a", "b", "c"], params, stream=True)
+        assert engine_of(llm).executor.num_results == 0
+        outputs, num_results = [], []
+        for output in stream:
+            outputs.append(output)
+            num_results.append(engine_of(llm).executor.num_results)
+        assert_idle(llm)
+    assert [output.prompt_index for output in outputs] == [1, 2, 0]
+    assert [output.request_id for output in outputs] == ["1", "2", "0"]
+    assert [output.prompt for output in outputs] == ["b", "c", "a"]
+    assert [texts(output) for output in outputs] == [["A"], ["ABCD"], ["ABCDEFGHI"]]
+    assert num_results == [1, 4, 9]
+
+
+def test_what_was_sent_ahead_has_come_back_at_the_end() -> None:
+    with LLM(model="m") as llm:
+        [output] = llm.generate("a", SamplingParams(temperature=0, max_tokens=50, stop="C"))
+        assert texts(output) == ["AB"]
+        assert engine_of(llm).executor.num_results == 3 + 1
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("how", ["break", "close", "drop"])
+def test_leaving_a_stream_aborts_what_is_left(how: str) -> None:
+    with LLM(model="m", scheduler={"max_num_seqs": 3}) as llm:
+        stream = llm.generate(["a", "b", "c", "d"], [LONG, SHORT, SamplingParams(n=2), LONG], stream=True)
+        assert next(stream).prompt_index == 1
+        num_results = engine_of(llm).executor.num_results
+        if how == "close":
+            stream.close()
+        elif how == "drop":
+            del stream
+            gc.collect()
+        else:
+            for _ in stream:
+                break
+            del stream
+        assert engine_of(llm).coordinator.num_waiting == engine_of(llm).coordinator.num_running == 0
+        if how != "break":
+            assert engine_of(llm).executor.num_results == num_results
+        [again] = llm.generate("e", SHORT)
+        assert (again.request_id, again.prompt_index, texts(again)) == ("4", 0, ["ABC"])
+        assert_idle(llm)
+
+
+def test_a_stream_never_begun_costs_nothing() -> None:
+    with LLM(model="m") as llm:
+        unused = llm.generate(["a"], LONG, stream=True)
+        assert texts(llm.generate("b", SHORT)[0]) == ["ABC"]
+        assert engine_of(llm).executor.num_results == 3
+        assert_idle(llm)
+        unused.close()
+
+
+def test_calls_beside_an_open_stream() -> None:
+    """Each gets its own outputs, whoever takes the step in which they end."""
+    params = [SamplingParams(temperature=0, max_tokens=count) for count in (2, 4, 30)]
+    with LLM(model="m") as llm:
+        seen = []
+        for output in llm.generate(["a", "b", "c"], params, stream=True):
+            seen.append(output.prompt_index)
+            [inner] = llm.generate("x", SHORT)
+            assert texts(inner) == ["ABC"]
+        assert_idle(llm)
+    assert seen == [0, 1, 2]
+
+
+def test_calls_from_several_threads() -> None:
+    """Each has prompts of its own number of tokens."""
+    results: dict[int, list[str]] = {}
+
+    def call(count: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=count)
+        outputs = llm.generate(["a"] * 20, params)
+        results[count] = [output.outputs[0].text for output in outputs]
+
+    with LLM(model="m") as llm:
+        threads = [threading.Thread(target=call, args=(count,)) for count in (1, 3, 5, 7)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert_idle(llm)
+    assert results == {count: ["ABCDEFG"[:count]] * 20 for count in (1, 3, 5, 7)}
+
+
+def test_a_stream_raises_as_generate_does() -> None:
+    with LLM(model="m") as llm:
+        with pytest.raises(RequestError, match=r"prompts\[1\]: .*500"):
+            llm.generate(["good", "x" * 500], SHORT, stream=True)
+        assert engine_of(llm).executor.num_results == 0
+        stream = llm.generate(["a", "b"], LONG, stream=True)
+        engine_of(llm).executor.lost_at_step = 2
+        with pytest.raises(ShardError, match="node-b"):
+            next(stream)
+        assert engine_of(llm).executor.closed
+        with pytest.raises(ConfigError, match="this LLM is closed"):
+            llm.generate("a", SHORT, stream=True)
+
+
+def test_a_stream_of_an_llm_that_is_closed_ends() -> None:
+    with LLM(model="m") as llm:
+        stream = llm.generate(["a", "b"], [SHORT, LONG], stream=True)
+        next(stream)
+    with pytest.raises(ConfigError, match="this LLM is closed"):
+        next(stream)
+
+
+def test_a_stream_keeps_its_llm() -> None:
+    stream = LLM(model="m").generate(["a", "b"], [SHORT, LONG], stream=True)
+    gc.collect()
+    assert [texts(output)[0][:3] for output in stream] == ["ABC", "ABC"]
+    del stream
+    gc.collect()
+    assert FakeEngine.started[0].executor.closed
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to SIGINT, which a shell takes away from what it runs in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_ends_a_stream_after_its_step_and_reaches_the_loops_body_at_once() -> None:
+    with LLM(model="m") as llm:
+        executor = engine_of(llm).executor
+        executor.on_step = lambda: signal.raise_signal(signal.SIGINT) if executor.num_results == 2 else None
+        stream = llm.generate(["a", "b"], LONG, stream=True)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        assert executor.num_results == 2
+        for output in llm.generate(["c"], SHORT, stream=True):
+            assert texts(output) == ["ABC"]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert_idle(llm)
