@@ -55,6 +55,7 @@ def test_all_purposes_are_there() -> None:
         "mixed_gpus",
         "two_nodes",
         "long_context",
+        "everything",
     }
 
 

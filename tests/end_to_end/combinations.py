@@ -46,6 +46,7 @@ def _stop_strings(rng: Random) -> list[str]:
 # Fields of SamplingParams; each row has a random share of these.
 ROW_SETTINGS: dict[str, Draw] = {
     "temperature": lambda rng: {"temperature": rng.choice((0.0, 0.4, 1.0, 1.8))},
+    "n": lambda rng: {"n": rng.choice((2, 3))},
     "top_k": lambda rng: {"top_k": rng.choice((1, 4, 40, 1000))},
     "top_p": lambda rng: {"top_p": rng.choice((0.2, 0.8, 0.99))},
     "min_p": lambda rng: {"min_p": rng.choice((0.01, 0.3))},
@@ -126,4 +127,6 @@ def _draw_row(rng: Random, shared: list[int]) -> Row:
     for draw in ROW_SETTINGS.values():
         if rng.random() < share:
             settings |= draw(rng)
+    if settings.get("n", 1) > 1 and settings.get("temperature") == 0:
+        settings["temperature"] = 0.7  # greedy answers would all be the same, and are refused
     return Row(prompt, settings)

@@ -12,7 +12,8 @@ PLAIN = Row(PROMPT, {"temperature": 1.0, "seed": 5, "max_tokens": NUM_TOKENS, "i
 
 
 def feature_rows(plain: list[int]) -> dict[str, Row]:
-    """By group; `plain` are the tokens of PLAIN, which each of them must change (but for `logprobs`)."""
+    """By group; `plain` are the tokens of PLAIN, which each of them must change (but for `n` and
+    `logprobs`)."""
     words = [f"w{token_id}" for token_id in plain]
     settings: dict[str, dict[str, Any]] = {
         "temperature": {"temperature": 3.0},
@@ -34,5 +35,6 @@ def feature_rows(plain: list[int]) -> dict[str, Row]:
         "min_tokens": {"stop_token_ids": [plain[3]], "min_tokens": NUM_TOKENS - 2},
         "seed": {"seed": 6},
         "logprobs": {"logprobs": 0},
+        "n": {"n": 3},
     }
     return {name: Row(PROMPT, PLAIN.settings | changed) for name, changed in settings.items()}

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from alone import Alone, Row, generate, make_word_model, num_parted, open_llm, run_alone
+from alone import Alone, Row, make_word_model, num_parted, open_llm, run_alone
 from feature_rows import NUM_TOKENS, PLAIN, PROMPT, feature_rows
 
-from kvshard import LLM
+from kvshard import LLM, SamplingParams
+from kvshard.launch.llm import RequestOutput
 
 LONG = Row(PROMPT[::-1], PLAIN.settings | {"max_tokens": 2 * NUM_TOKENS})
 CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
@@ -23,29 +24,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def truth(model: Path) -> Truth:
-    """By cache dtype, the rows and what each gives alone; the plain one comes first, and one to be aborted last."""
+    """By cache dtype, the rows and what each gives alone; one to be aborted comes first, then the plain one."""
 
     def run(cache_dtype: str) -> tuple[list[Row], list[list[Alone]]]:
         [[plain]] = run_alone(model, [PLAIN], cache_dtype)
-        rows = [PLAIN, *feature_rows(plain.answer.token_ids).values(), LONG]
+        rows = [LONG, PLAIN, *feature_rows(plain.answer.token_ids).values()]
         return rows, run_alone(model, rows, cache_dtype)
 
     return functools.cache(run)
 
 
-def abort_when_begun(llm: LLM, request_id: str) -> None:
-    """End that request once some of its tokens are there."""
-    coordinator = llm._engine.coordinator
-    step = coordinator.step
-
-    def step_and_abort() -> object:
-        ended = step()
-        request = llm._live.get(request_id)
-        if request is not None and len(request.output_token_ids) == NUM_TOKENS:
-            llm.abort(request_id)
-        return ended
-
-    coordinator.step = step_and_abort  # type: ignore[method-assign, assignment]
+def generate_and_abort(llm: LLM, rows: list[Row]) -> list[RequestOutput]:
+    """The first row is aborted when another has ended."""
+    prompts = [{"prompt_token_ids": row.prompt} for row in rows]
+    outputs = []
+    for output in llm.generate(prompts, [SamplingParams(**row.settings) for row in rows], stream=True):
+        outputs.append(output)
+        llm.abort("0")
+    return sorted(outputs, key=lambda output: output.prompt_index)
 
 
 @pytest.mark.parametrize(
@@ -62,13 +58,14 @@ def test_answers_are_as_alone(size: int, cache_dtype: str, model: Path, truth: T
         cache={"dtype": cache_dtype, "block_size": 4, "num_blocks": 19},
         scheduler={"max_num_seqs": 4, "max_num_batched_tokens": 8, "run_ahead": 2, "max_model_len": 64},
     ) as llm:
-        abort_when_begun(llm, str(len(rows) - 1))
-        *outputs, aborted = generate(llm, rows)
+        aborted, *outputs = generate_and_abort(llm, rows)
         stats = llm._engine.coordinator.stats
-    parted = [num_parted(got, expected, cache_dtype) for got, expected in zip(outputs, alone, strict=False)]
+    parted = [
+        num_parted(got, expected, cache_dtype) for got, expected in zip(outputs, alone[1:], strict=True)
+    ]
     assert sum(parted) <= 1, f"answers that left the truth at a near-tie, by row: {parted}"
 
-    [ended], [whole] = aborted.outputs, alone[-1]
+    [ended], [whole] = aborted.outputs, alone[0]
     assert ended.finish_reason == "abort"
     assert 0 < len(ended.token_ids) < len(whole.answer.token_ids)
     assert ended.token_ids == whole.answer.token_ids[: len(ended.token_ids)]
@@ -83,20 +80,19 @@ def test_answers_are_as_alone(size: int, cache_dtype: str, model: Path, truth: T
 def test_every_setting_is_felt(cache_dtype: str, truth: Truth) -> None:
     """What is compared above would differ if a setting were left out."""
     rows, alone = truth(cache_dtype)
-    plain, *others = [answers[0].answer for answers in alone[:-1]]
-    names = feature_rows(plain.token_ids)
-    assert rows[1:-1] == list(names.values())
-    for name, answer in zip(names, others, strict=True):
-        if name == "logprobs":
+    [plain], *others = [[one.answer for one in answers] for answers in alone[1:]]
+    names = list(feature_rows(plain.token_ids))
+    answers = dict(zip(names, others, strict=True))
+    assert dict(zip(names, rows[2:], strict=True)) == feature_rows(plain.token_ids)
+    for name, (answer, *_) in answers.items():
+        if name in ("n", "logprobs"):  # the first of n samples is what n = 1 gives
             assert answer.token_ids == plain.token_ids
-            assert answer.logprobs is not None
         else:
             assert answer.token_ids != plain.token_ids, name
-    tokens = dict(zip(names, (answer.token_ids for answer in others), strict=True))
-    assert (
-        others[list(names).index("stop")].stop_reason
-        == rows[1 + list(names).index("stop")].settings["stop"][0]
-    )
+    tokens = {name: answer.token_ids for name, (answer, *_) in answers.items()}
+    assert len({tuple(answer.token_ids) for answer in answers["n"]}) == 3
+    assert answers["logprobs"][0].logprobs is not None
+    assert answers["stop"][0].stop_reason == feature_rows(plain.token_ids)["stop"].settings["stop"][0]
     assert plain.token_ids[1] not in tokens["bad_words"]
     assert set(tokens["allowed_token_ids"]) <= set(range(20, 60))
     assert len(tokens["stop_token_ids"]) == 6
