@@ -18,7 +18,7 @@ CHAT_IDS = [9, 5, 6, 7, 9, 8, 10]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 2, every second layer with a window of 4 tokens; three shards have 2, 1 and 1 of the heads in two groups."""
+    """Gemma 2, every second layer with a window of 4 tokens; of three shards one has two of the four heads, in two groups."""
     return make_word_model(tmp_path_factory.mktemp("model"), "gemma2", num_attention_heads=4)
 
 
