@@ -145,13 +145,11 @@ class Scheduler:
             self.blocks.give_up_passed(request, num_computed)
             while self.blocks.num_free == 0 and not self._draining and request.slot >= 0:
                 self._preempt(cheapest_victim(table, self.blocks, self.limits.block_size, settled))
-            if request.slot < 0:
-                continue
-            if self.blocks.num_free == 0:
+            if request.slot >= 0 and self.blocks.num_free > 0:
+                self._extend(builder, slot, num_computed + 1)
+                settled.add(slot)
+            elif request.slot >= 0:
                 held_back.append(slot)
-                continue
-            self._extend(builder, slot, num_computed + 1)
-            settled.add(slot)
         return slots[(table.serial[slots] >= 0) & ~np.isin(slots, held_back)]
 
     def _restart_sampled_rows(self) -> None:

@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-import sys
 from typing import Any
 
 import pytest
 
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import JobConfig, parse_config
-from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.errors import ConfigError
-from kvshard.runtime.models.spec import LayerGroup, ModelSpec, RotarySpec
-from kvshard.runtime.observe.cache_size import choose_num_blocks, fitting_blocks
+from kvshard.runtime.models.spec import ModelSpec, RotarySpec
+from kvshard.runtime.observe.cache_size import choose_num_blocks
 from kvshard.runtime.observe.memory_plan import (
     MemoryPlan,
     plan_memory,
@@ -281,24 +279,3 @@ def test_a_window_everywhere_bounds_the_cache() -> None:
     assert problem is not None
     assert "needs 6 blocks of 16" in problem
     assert "max_model_len to 64 or less" in problem
-
-
-@pytest.mark.parametrize("windows", [(None,), (None, 40), (None, 40, 9), (40,), (40, 9)], ids=str)
-def test_fitting_blocks_are_the_most_that_fit(windows: tuple[int | None, ...]) -> None:
-    limits = Limits(
-        num_blocks=2,
-        block_size=4,
-        max_model_len=400,
-        max_num_seqs=3,
-        max_num_batched_tokens=8,
-        layer_groups=tuple(LayerGroup(window, layers) for layers, window in enumerate(windows, 2)),
-    )
-    for room in range(0, 900, 7):
-        fitting = fitting_blocks(room, limits)
-        if fitting == sys.maxsize:
-            assert None not in windows
-            fitting = max(limits.most_blocks)
-            assert dataclasses.replace(limits, num_blocks=2 * fitting).num_layer_blocks <= room
-        else:
-            assert dataclasses.replace(limits, num_blocks=fitting + 1).num_layer_blocks > room
-        assert dataclasses.replace(limits, num_blocks=fitting).num_layer_blocks <= room
