@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvshard.runtime.models.resolve import fetch_demo
 
@@ -58,6 +59,18 @@ def make_llama(
     else:
         model.save_pretrained(path, max_shard_size=shard_bytes)
     return path
+
+
+def save_word_tokenizer(path: Path, chat_template: str | None = None) -> None:
+    """A tokenizer of the words w3 ... w100, into a model's folder."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 101)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(path)
 
 
 def make_gguf(

@@ -57,6 +57,7 @@ def test_all_purposes_are_there() -> None:
         "two_nodes",
         "long_context",
         "score",
+        "everything",
     }
 
 

@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 
 import psutil
 from jobs import command, environment, read_output, write_job
-from models_factory import make_llama
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from models_factory import make_llama, save_word_tokenizer
 
 T = TypeVar("T")
 NUM_ROWS = 72
@@ -24,15 +22,9 @@ POLL_S = 0.02
 
 
 def make_tiny_model(path: Path, **overrides: Any) -> Path:
-    """A random Llama of 6 query heads with a tokenizer of the words w3 ... w100."""
+    """A random Llama of 6 query heads with a tokenizer of words."""
     make_llama(path, **overrides)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 101)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-    wrapped.save_pretrained(path)
+    save_word_tokenizer(path)
     return path
 
 

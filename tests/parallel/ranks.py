@@ -25,8 +25,8 @@ from torch.distributed import FileStore, Store
 
 from kvshard.parallel.group import Group
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed", "kvshard.parallel.group", "pytest"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch.distributed", "kvshard.runtime.shard.main", "pytest"])
 _RANK_MAIN = "rank_main"
 
 
@@ -43,9 +43,9 @@ class Ranks:
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(world_size):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            ours, theirs = CONTEXT.Pipe(duplex=False)
             request = (theirs, fn.__code__.co_filename, fn.__name__, path, rank, world_size, args)
-            process = _CONTEXT.Process(
+            process = CONTEXT.Process(
                 target=runpy.run_path, args=(__file__, {"request": request}, _RANK_MAIN), daemon=True
             )
             process.start()

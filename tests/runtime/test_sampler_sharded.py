@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from thread_ranks import PATIENCE_S, ThreadGroup, run_on_threads, uneven_shares
 from torch import Tensor
 from torch.distributed import FileStore
 
@@ -24,7 +22,6 @@ from kvshard.runtime.coordinator.plan import NO_TOKEN, SlotSampling
 from kvshard.runtime.shard.sampler import Sampler
 
 CPU = torch.device("cpu")
-PATIENCE_S = 60.0
 VOCAB_SIZE = 1003
 
 
@@ -34,41 +31,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Meeting:
-    """Where the ranks of one simulated group put their tensors, a thread each."""
-
-    def __init__(self, world_size: int) -> None:
-        self.tensors: list[Tensor] = [torch.empty(0)] * world_size
-        self.names: list[str] = [""] * world_size
-        self.barrier = threading.Barrier(world_size, timeout=PATIENCE_S)
-
-
-class ThreadGroup:
-    """`Group` between threads. Refuses what ranks do differently: another collective, another shape."""
-
-    def __init__(self, rank: int, meeting: Meeting) -> None:
-        self.rank = rank
-        self.world_size = len(meeting.tensors)
-        self.device = CPU
-        self._meeting = meeting
-
-    def all_gather(self, x: Tensor, where: str) -> Tensor:
-        meeting = self._meeting
-        assert x.is_contiguous()
-        meeting.tensors[self.rank] = x.clone()
-        meeting.names[self.rank] = f"{where} {tuple(x.shape)} {x.dtype}"
-        meeting.barrier.wait()
-        assert len(set(meeting.names)) == 1, meeting.names
-        gathered = torch.stack(meeting.tensors)
-        meeting.barrier.wait()
-        return gathered
-
-    def all_reduce(self, x: Tensor, where: str) -> Tensor:
-        for index, part in enumerate(self.all_gather(x, where)):
-            x = x.copy_(part) if index == 0 else x.add_(part)
-        return x
 
 
 def settings(**changes: Any) -> SlotSampling:
@@ -120,11 +82,7 @@ def make_logits(kind: str) -> Tensor:
 
 
 def shares(world_size: int) -> list[range]:
-    """Uneven on purpose: odd borders, and one rank with a single row."""
-    borders = sorted(random.Random(world_size).sample(range(1, VOCAB_SIZE - 1), world_size - 1))
-    if world_size > 1:
-        borders[-1] = VOCAB_SIZE - 1
-    return [range(*pair) for pair in itertools.pairwise([0, *borders, VOCAB_SIZE])]
+    return uneven_shares(VOCAB_SIZE, world_size)
 
 
 Result = tuple[list[int], list[list[tuple[int, int, int]]]]
@@ -155,17 +113,7 @@ def sample(
 
 
 def on_threads(world_size: int, run: Callable[[ThreadGroup, range], Result]) -> list[Result]:
-    meeting = Meeting(world_size)
-
-    def run_rank(rank: int) -> Result:
-        try:
-            return run(ThreadGroup(rank, meeting), shares(world_size)[rank])
-        except BaseException:
-            meeting.barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(world_size) as pool:
-        return [future.result(PATIENCE_S) for future in [pool.submit(run_rank, r) for r in range(world_size)]]
+    return run_on_threads(world_size, lambda group: run(group, shares(world_size)[group.rank]))
 
 
 EVERY_SLOT = list(range(len(SLOTS)))

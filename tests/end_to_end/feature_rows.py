@@ -1,0 +1,40 @@
+"""One row for each group of sampling settings, all of one prompt, so that what a setting changes can be seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alone import Row
+
+NUM_TOKENS = 12
+PROMPT = [77, 44, 28, 53, 42, 79, 32, 49, 60, 91, 52, 30, 99, 55, 72, 61, 17, 12, 35, 86, 10, 21]
+PLAIN = Row(PROMPT, {"temperature": 1.0, "seed": 5, "max_tokens": NUM_TOKENS, "ignore_eos": True})
+
+
+def feature_rows(plain: list[int]) -> dict[str, Row]:
+    """By group; `plain` are the tokens of PLAIN, which each of them must change (but for `n` and
+    `logprobs`)."""
+    words = [f"w{token_id}" for token_id in plain]
+    settings: dict[str, dict[str, Any]] = {
+        "temperature": {"temperature": 3.0},
+        "greedy": {"temperature": 0.0},
+        "top_k": {"temperature": 3.0, "top_k": 5},
+        "top_p": {"temperature": 3.0, "top_p": 0.5},
+        "min_p": {"temperature": 3.0, "min_p": 0.2},
+        "penalties": {
+            "presence_penalty": 2.0,
+            "frequency_penalty": 1.0,
+            "repetition_penalty": 2.0,
+            "temperature": 0.5,
+        },
+        "logit_bias": {"logit_bias": {plain[4]: -100.0, 33: 2.0}},
+        "allowed_token_ids": {"allowed_token_ids": [*range(20, 60)]},
+        "bad_words": {"bad_words": [words[1], f"{words[5]} {words[6]}"]},
+        "stop": {"stop": [f"{words[6][-1]} {words[7][:2]}"]},  # over the border of two tokens
+        "stop_token_ids": {"stop_token_ids": [plain[5]]},
+        "min_tokens": {"stop_token_ids": [plain[3]], "min_tokens": NUM_TOKENS - 2},
+        "seed": {"seed": 6},
+        "logprobs": {"logprobs": 0},
+        "n": {"n": 3},
+    }
+    return {name: Row(PROMPT, PLAIN.settings | changed) for name, changed in settings.items()}

@@ -1,0 +1,95 @@
+"""One job file with many features at once, by every launcher: each row is answered as it is alone on one shard."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alone import TOKENIZER, Row, make_word_model, parts, run_alone
+from feature_rows import PLAIN, PROMPT, feature_rows
+from jobs import run_job, write_job
+
+from kvshard.launch.llm import CompletionOutput, Logprob
+
+TEMPLATE = "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}w10"
+CHAT = [{"role": "user", "content": "w5 w6 w7"}, {"role": "user", "content": "w8"}]
+CHAT_IDS = [9, 5, 6, 7, 9, 8, 10]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 2, every second layer with a window of 4 tokens; of three shards one has two of the four heads, in two groups."""
+    return make_word_model(tmp_path_factory.mktemp("model"), "gemma2", num_attention_heads=4)
+
+
+def answer_of(choice: dict[str, Any]) -> CompletionOutput:
+    logprobs = None
+    if choice["logprobs"] is not None:
+        chosen = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+        logprobs = [{token_id: Logprob(logprob, "")} for token_id, logprob in chosen]
+    return CompletionOutput(
+        index=choice["index"],
+        text=choice["message"]["content"] if "message" in choice else choice["text"],
+        token_ids=choice["token_ids"],
+        cumulative_logprob=None,
+        logprobs=logprobs,
+        finish_reason=choice["finish_reason"],
+        stop_reason=choice["stop_reason"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "size", "cache_dtype"),
+    [("local", 1, "fp8"), ("local", 3, "int4"), ("ray", 3, "auto"), ("torchrun", 3, "auto")],
+)
+def test_a_job_of_many_features(
+    launcher: str, size: int, cache_dtype: str, model: Path, tmp_path: Path
+) -> None:
+    [[plain]] = run_alone(model, [PLAIN], cache_dtype)
+    rows = {"plain": PLAIN, **feature_rows(plain.answer.token_ids), "chat": Row(CHAT_IDS, PLAIN.settings)}
+    alone = dict(zip(rows, run_alone(model, list(rows.values()), cache_dtype), strict=True))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    config = {
+        "model": str(model),
+        "tokenizer": str(model / TOKENIZER),
+        "chat_template": "chat.jinja",
+        "launcher": launcher,
+        "tensor_parallel_size": size,
+        "device": "cpu",
+        "threads_per_shard": 1,
+        "cache": {"dtype": cache_dtype, "block_size": 4, "num_blocks": 19},
+        "scheduler": {
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 8,
+            "max_model_len": 64,
+            "run_ahead": 2,
+        },
+        "sampling": PLAIN.settings,
+    }
+    lines = [
+        {
+            "id": name,
+            **({"messages": CHAT} if name == "chat" else {"prompt_token_ids": PROMPT}),
+            **row.settings,
+        }
+        for name, row in rows.items()
+    ]
+    done = run_job(write_job(tmp_path, config, lines))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.rows.keys() == rows.keys()
+    choices = {name: line["response"]["body"]["choices"] for name, line in done.rows.items()}
+    parted = [
+        name
+        for name in rows
+        for choice, truth in zip(choices[name], alone[name], strict=True)
+        if parts(answer_of(choice), truth, cache_dtype)
+    ]
+    assert len(parted) <= 1, f"answers that left the truth at a near-tie: {parted}"
+    assert "message" in choices["chat"][0]
+
+    assert done.counter("chunked prompts") > 0
+    assert done.counter("preemptions") > 0
+    assert done.counter("plans ahead") == 2
+    found = re.search(r"Prefix cache +([\d,]+) of", done.stdout)
+    assert found is not None
+    assert int(found[1].replace(",", "")) > 0
