@@ -38,6 +38,8 @@ def load_tokenizer(model_path: Path, override: str | None, cache: Path) -> PreTr
         raise CheckpointError(
             f"tokenizer of {source} is a {type(tokenizer).__name__}, which has no tokenizer.json; set `tokenizer`"
         )
+    # Some directories ask for it: it takes spaces before punctuation out of texts, also of those that are code.
+    tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from models_factory import make_gguf, make_llama, make_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from kvshard.runtime.coordinator.detokenizer import Detokenizer
@@ -111,6 +111,18 @@ def test_a_directory_and_an_override(
     for tokenizer in (overridden, own):
         assert tokenizer.encode("a\n\n12") == demo_tokenizer.encode("a\n\n12")
         assert tokenizer.chat_template == demo_tokenizer.chat_template
+
+
+def test_texts_keep_their_spaces_whatever_a_directory_asks_for(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "model")
+    pieces = [("<unk>", 0.0), ("x", -1.0), (" .", -1.0), (" n't", -1.0)]
+    cleaning = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram(pieces, unk_id=0)), clean_up_tokenization_spaces=True
+    )
+    cleaning.backend_tokenizer.decoder = decoders.Fuse()
+    assert cleaning.decode([1, 2, 3]) == "x.n't"
+    cleaning.save_pretrained(model)
+    assert load_tokenizer(model, None, tmp_path).decode([1, 2, 3]) == "x . n't"
 
 
 def test_a_model_without_a_tokenizer_says_what_to_set(tmp_path: Path) -> None:
