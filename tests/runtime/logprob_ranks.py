@@ -63,7 +63,12 @@ def make_coordinator(path: Path, group: Group, num_blocks: int, settings: dict[s
         worker = Worker(config, checkpoint, shard_map, group, MAX_MODEL_LEN)
     worker.allocate(num_blocks)
     worker.cache.fill(float("nan"))
-    limits = Limits.from_config(config, num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN)
+    limits = Limits.from_config(
+        config,
+        num_blocks=num_blocks,
+        max_model_len=MAX_MODEL_LEN,
+        layer_groups=worker.spec.layer_groups,
+    )
     return Coordinator(OneRank(worker), limits)  # type: ignore[arg-type]
 
 
