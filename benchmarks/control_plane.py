@@ -40,6 +40,7 @@ from kvshard.runtime.coordinator.plan import (
 )
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.messages import Kind
+from kvshard.runtime.models.spec import LayerGroup
 from kvshard.runtime.sampling_params import SamplingParams
 
 NUM_ROWS = 256
@@ -85,6 +86,7 @@ def measure_steps(num_steps: int) -> tuple[Samples, StepPlan]:
         max_model_len=CONTEXT_LEN + num_new,
         max_num_seqs=NUM_ROWS,
         max_num_batched_tokens=8192,
+        layer_groups=(LayerGroup(None, 1),),
     )
     executor = InstantExecutor()
     coordinator = Coordinator(executor, limits, eos_token_ids=EOS)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from ..runtime.models.checkpoint_index import read_index
 from ..runtime.models.prompt import Prompt, check_token_ids, tokenize_bad_words, tokenize_prompt
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
-from ..runtime.models.tokenizer import load_tokenizer
+from ..runtime.models.tokenizer import byte_tokens, load_tokenizer
 from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, build_shard_map, plan_memory, resolve_dtype
 from ..runtime.paths import cache_dir
 from ..runtime.sampling_params import SamplingParams
@@ -52,6 +52,7 @@ class Engine:
             ),
             eos_token_ids=spec.eos_token_ids,
             tokenizer=tokenizer,
+            byte_tokens=byte_tokens(tokenizer),
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The prompts of one LLM that have not ended: whoever waits for one takes the steps, from any thread."""
+"""The prompts of one LLM that have not ended. Calls that wait for theirs take the steps, from any thread."""
 
 import signal
 import threading
@@ -18,16 +18,18 @@ from ..runtime.observe.progress import NoProgress, make_progress
 
 
 class Running:
-    """Drives a coordinator for any number of calls; a step serves the prompts of all that are under way.
+    """Drives a coordinator for any number of calls, one step at a time; a step serves the prompts of all of them.
 
     `close` ends the shards for good; it is called when a step is broken off, which cannot be taken up again.
     """
 
     def __init__(self, coordinator: Coordinator, close: finalize) -> None:  # type: ignore[type-arg]
-        self._coordinator = coordinator
+        self._coordinator = coordinator  # touched by the thread whose turn it is
         self._close = close
-        self._lock = threading.Lock()  # around all uses of the coordinator
+        self._turn = threading.Condition()  # around _is_taken; told of every end of a step
+        self._is_taken = False
         self._live: dict[str, tuple[Samples, deque[Samples]]] = {}  # by request id; where it goes at its end
+        self._new: deque[Request] = deque()  # not with the coordinator yet
         self._aborts: deque[str] = deque()
 
     def abort(self, request_id: str) -> None:
@@ -46,37 +48,47 @@ class Running:
         view = make_progress(Console(stderr=True)) if progress else NoProgress()
         view.start(len(prompts))
         try:
-            with self._lock, _interrupts_held():
-                for samples in prompts:
-                    self._live[samples.request_id] = samples, ended
-                    for request in samples.requests:
-                        self._coordinator.add(request)
+            for samples in prompts:
+                self._live[samples.request_id] = samples, ended
+                self._new += samples.requests
             while num_ended < len(prompts):
-                with self._lock, _interrupts_held():
-                    self._step()
+                self._advance(ended)
                 while ended:
                     samples = ended.popleft()
                     num_ended += 1
                     num_tokens += samples.num_made
                     view.update(num_ended, 0, num_tokens)
                     yield samples
-            with self._lock, _interrupts_held():
-                while not self._live and self._coordinator.has_work:
-                    self._step()  # what the last plans hold is given back with their results
+            while not self._live and self._coordinator.has_work:
+                self._advance(ended)  # what the last plans hold is given back with their results
         finally:
             view.stop()
-            self._aborts += [samples.request_id for samples in prompts if samples.request_id in self._live]
-            # Not waited for: this may be a garbage collection in the middle of a step. That thread's next one does it.
-            if self._lock.acquire(blocking=False):
-                try:
-                    self._abort_some()
-                finally:
-                    self._lock.release()
+            self._aborts += [samples.request_id for samples in prompts]
+            with self._turn:
+                # Not waited for: this may be a garbage collection in the middle of a step. The next one does it.
+                if not self._is_taken:
+                    self._add_and_abort()
+
+    def _advance(self, ended: deque[Samples]) -> None:
+        """Take a step, unless another thread does so: then wait for the end of that one, or for what it ends."""
+        with self._turn:
+            self._turn.wait_for(lambda: ended or not self._is_taken)
+        with _interrupts_held():
+            with self._turn:
+                if ended or self._is_taken:
+                    return
+                self._is_taken = True
+            try:
+                self._step()
+            finally:
+                with self._turn:
+                    self._is_taken = False
+                    self._turn.notify_all()
 
     def _step(self) -> None:
         if not self._close.alive:
             raise ConfigError("this LLM is closed; make another one")
-        self._abort_some()
+        self._add_and_abort()
         try:
             requests = self._coordinator.step()
         except BaseException:
@@ -85,7 +97,9 @@ class Running:
         for request in requests:
             self._end(request)
 
-    def _abort_some(self) -> None:
+    def _add_and_abort(self) -> None:
+        while self._new:
+            self._coordinator.add(self._new.popleft())
         while self._aborts:
             request_id = self._aborts.popleft()
             if request_id in self._live:

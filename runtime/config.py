@@ -47,7 +47,7 @@ class CacheConfig(_Section):
     )
     prefix_caching: bool = Field(
         True,
-        description="compute a beginning that prompts share once, and keep it while there is room; off when enabled is false",
+        description="compute a beginning that prompts share once, and keep it while there is room; off when enabled is false; samples of one row (n) share theirs also when it is off",
     )
 
 

@@ -1,6 +1,5 @@
 """The sizes the scheduler must keep to, once the job file's `null`s are resolved."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,7 +21,7 @@ class Limits:
     run_ahead: int = 1
     cache_enabled: bool = True
     prefix_caching: bool = True  # nothing without cache_enabled
-    layer_groups: tuple[LayerGroup, ...] = (LayerGroup(None, 1),)
+    layer_groups: tuple[LayerGroup, ...]  # the model's
 
     @classmethod
     def from_config(
@@ -31,7 +30,7 @@ class Limits:
         *,
         num_blocks: int,
         max_model_len: int,
-        layer_groups: Sequence[LayerGroup] = (LayerGroup(None, 1),),
+        layer_groups: tuple[LayerGroup, ...],
     ) -> "Limits":
         """`num_blocks` is what the shards have; `max_model_len` the setting or else the model's own."""
         return cls(
@@ -43,7 +42,7 @@ class Limits:
             run_ahead=config.scheduler.run_ahead,
             cache_enabled=config.cache.enabled,
             prefix_caching=config.cache.prefix_caching,
-            layer_groups=tuple(layer_groups),
+            layer_groups=layer_groups,
         )
 
     @cached_property

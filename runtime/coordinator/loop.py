@@ -1,7 +1,7 @@
 """The coordinator: holds every request and token, decides each step, and waits for its result."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from ..errors import RequestError
 from .detokenizer import TokenDecoder
@@ -17,6 +17,7 @@ class Coordinator:
     """Runs requests through an executor that has been started.
 
     `tokenizer` turns tokens into text; without one, texts stay empty and stop strings are refused.
+    `byte_tokens` are its tokens for single bytes, id to byte, if it has such.
     An executor's ShardError passes through `step`; after it this object can't go on.
     """
 
@@ -27,6 +28,7 @@ class Coordinator:
         *,
         eos_token_ids: Collection[int] = (),
         tokenizer: TokenDecoder | None = None,
+        byte_tokens: Mapping[int, int] | None = None,
         epoch: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -34,7 +36,7 @@ class Coordinator:
         self.stats = CoordinatorStats()
         self._executor = executor
         self._has_tokenizer = tokenizer is not None
-        self._end = EndOfRequest(eos_token_ids, tokenizer)
+        self._end = EndOfRequest(eos_token_ids, tokenizer, byte_tokens or {})
         self._scheduler = Scheduler(limits, tuple(sorted(set(eos_token_ids))), self.stats, epoch)
         self._requests: dict[tuple[str, int], Request] = {}  # by id and sample index; all that have not ended
         self._num_added = 0

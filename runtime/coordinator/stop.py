@@ -1,6 +1,6 @@
 """When a request is done, and its text."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from .detokenizer import Detokenizer, TokenDecoder
 from .request import FinishReason, Request
@@ -14,9 +14,15 @@ class EndOfRequest:
     With include_stop_str_in_output the text keeps both, as far as skip_special_tokens lets it.
     """
 
-    def __init__(self, eos_token_ids: Collection[int], decoder: TokenDecoder | None) -> None:
+    def __init__(
+        self,
+        eos_token_ids: Collection[int],
+        decoder: TokenDecoder | None,
+        byte_tokens: Mapping[int, int],
+    ) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._decoder = decoder
+        self._byte_tokens = byte_tokens
 
     def prepare(self, request: Request) -> None:
         """Call once before the first token. Stop strings need the text as it grows."""
@@ -40,7 +46,7 @@ class EndOfRequest:
             request.stop_reason = token_id
             return "stop"
         if request.detokenizer is not None:
-            self._extend_text(request, request.detokenizer.feed([token_id]), look_for_stop=past_minimum)
+            self._extend_text(request, request.detokenizer, token_id, look_for_stop=past_minimum)
             if request.stop_reason is not None:
                 return "stop"
         return "length" if request.num_tokens >= request.max_len else None
@@ -61,24 +67,29 @@ class EndOfRequest:
         request.text += request.detokenizer.finish(ending)
         request.detokenizer = None
 
-    @staticmethod
-    def _detokenizer(request: Request, decoder: TokenDecoder) -> Detokenizer:
+    def _detokenizer(self, request: Request, decoder: TokenDecoder) -> Detokenizer:
         skip = request.sampling.skip_special_tokens
-        return Detokenizer(decoder, request.prompt_token_ids, skip_special_tokens=skip)
+        return Detokenizer(decoder, request.prompt_token_ids, self._byte_tokens, skip_special_tokens=skip)
 
     @staticmethod
-    def _extend_text(request: Request, piece: str, *, look_for_stop: bool) -> None:
-        num_before = len(request.text)
-        request.text += piece
-        if not look_for_stop or not piece:
+    def _extend_text(
+        request: Request, detokenizer: Detokenizer, token_id: int, *, look_for_stop: bool
+    ) -> None:
+        num_before = len(request.text) + len(detokenizer.pending)
+        request.text += detokenizer.feed(token_id)
+        if not look_for_stop:
             return
-        found: list[tuple[int, str]] = []
-        for stop in request.sampling.stop:
-            at = request.text.find(stop, max(num_before - len(stop) + 1, 0))
-            if at >= 0:
-                found.append((at, stop))
-        if found:
-            at, stop = min(found, key=lambda hit: hit[0])
+        text, stops = request.text, request.sampling.stop
+        if (pending := detokenizer.pending) and _first_of(stops, text + pending, num_before) is not None:
+            text += detokenizer.rest()  # if the row ends here
+        if (found := _first_of(stops, text, num_before)) is not None:
+            at, stop = found
             request.stop_reason = stop
             end = at + len(stop) if request.sampling.include_stop_str_in_output else at
-            request.text = request.text[:end]
+            request.text = text[:end]
+
+
+def _first_of(stops: Sequence[str], text: str, num_before: int) -> tuple[int, str] | None:
+    """Where the first of the stop strings begins that does not end within the first `num_before` characters."""
+    hits = ((text.find(stop, max(num_before - len(stop) + 1, 0)), stop) for stop in stops)
+    return min((hit for hit in hits if hit[0] >= 0), key=lambda hit: hit[0], default=None)

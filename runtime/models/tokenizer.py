@@ -41,6 +41,13 @@ def load_tokenizer(model_path: Path, override: str | None, cache: Path) -> PreTr
     return tokenizer
 
 
+def byte_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, int]:
+    """Token id to byte of the tokens that stand for single bytes, as sentencepiece has them: <0x00> to <0xFF>."""
+    vocab = tokenizer.get_vocab()
+    names = ((byte, f"<0x{byte:02X}>") for byte in range(256))
+    return {vocab[name]: byte for byte, name in names if name in vocab}
+
+
 def _from_gguf(path: Path, cache: Path) -> PreTrainedTokenizerFast:
     if not path.is_file():
         raise CheckpointError(f"tokenizer {path} does not exist")

@@ -173,6 +173,34 @@ def test_calls_from_several_threads() -> None:
     assert results == {count: ["ABCDEFG"[:count]] * 20 for count in (1, 3, 5, 7)}
 
 
+def test_a_call_gets_its_results_from_the_steps_of_another_thread() -> None:
+    """The other one begins within the second step of a long call, and ends before that does."""
+    order: list[str] = []
+
+    def call_short() -> None:
+        assert texts(llm.generate("b", SHORT)[0]) == ["ABC"]
+        order.append("short")
+
+    thread = threading.Thread(target=call_short)
+
+    def begin_and_wait() -> None:
+        executor = engine_of(llm).executor
+        if executor.num_results == 2:
+            thread.start()
+            while not llm._running._new:
+                pass
+        elif executor.num_results == 2 + 1 + 3 + 1:  # its prompt joined the plan after the one in flight
+            thread.join(60)
+
+    with LLM(model="m") as llm:
+        engine_of(llm).executor.on_step = begin_and_wait
+        assert len(llm.generate("a", LONG)[0].outputs[0].token_ids) == 100
+        order.append("long")
+        thread.join(60)
+        assert_idle(llm)
+    assert order == ["short", "long"]
+
+
 def test_a_stream_raises_as_generate_does() -> None:
     with LLM(model="m") as llm:
         with pytest.raises(RequestError, match=r"prompts\[1\]: .*500"):

@@ -93,6 +93,7 @@ def start(
     num_blocks: int = 40,
     eos: tuple[int, ...] = (),
     poison: bool = True,
+    prefix_caching: bool = True,
     cache_dtype: str = "auto",
 ) -> Coordinator:
     config = parse_config(
@@ -101,7 +102,7 @@ def start(
             "device": "cpu",
             "dtype": "float32",
             "threads_per_shard": 1,
-            "cache": {"block_size": BLOCK_SIZE, "dtype": cache_dtype},
+            "cache": {"block_size": BLOCK_SIZE, "dtype": cache_dtype, "prefix_caching": prefix_caching},
             "scheduler": {"max_num_seqs": 4, "max_num_batched_tokens": 32, "run_ahead": run_ahead},
         },
         "test",

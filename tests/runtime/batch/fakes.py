@@ -24,6 +24,7 @@ from kvshard.runtime.coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResu
 from kvshard.runtime.coordinator.request import Request
 from kvshard.runtime.errors import RequestError, ShardError
 from kvshard.runtime.models.prompt import Prompt
+from kvshard.runtime.models.spec import LayerGroup
 from kvshard.runtime.sampling_params import SamplingParams
 
 NUM_BLOCKS = 1000
@@ -113,7 +114,12 @@ class FakeEngine:
         max_model_len = config.scheduler.max_model_len or 128
         self.coordinator = Coordinator(
             self.executor,  # type: ignore[arg-type]
-            Limits.from_config(config, num_blocks=NUM_BLOCKS, max_model_len=max_model_len),
+            Limits.from_config(
+                config,
+                num_blocks=NUM_BLOCKS,
+                max_model_len=max_model_len,
+                layer_groups=(LayerGroup(None, 1),),
+            ),
             tokenizer=self.tokenizer,
         )
 

@@ -10,6 +10,7 @@ from kvshard.runtime.coordinator.limits import Limits
 from kvshard.runtime.coordinator.logits_rules import LogitsRules
 from kvshard.runtime.coordinator.request import Request, request_seed
 from kvshard.runtime.errors import RequestError
+from kvshard.runtime.models.spec import LayerGroup
 from kvshard.runtime.sampling_params import SamplingParams
 
 
@@ -22,7 +23,9 @@ def test_limits_come_from_the_job_file() -> None:
         },
         "test",
     )
-    assert Limits.from_config(config, num_blocks=9, max_model_len=500) == Limits(
+    groups = (LayerGroup(None, 5), LayerGroup(7, 1))
+    sizes = {"num_blocks": 9, "max_model_len": 500, "layer_groups": groups}
+    assert Limits.from_config(config, **sizes) == Limits(
         num_blocks=9,
         block_size=32,
         max_model_len=500,
@@ -31,8 +34,9 @@ def test_limits_come_from_the_job_file() -> None:
         run_ahead=2,
         cache_enabled=False,
         prefix_caching=False,
+        layer_groups=groups,
     )
-    defaults = Limits.from_config(parse_config({"model": "demo"}, "test"), num_blocks=9, max_model_len=500)
+    defaults = Limits.from_config(parse_config({"model": "demo"}, "test"), **sizes)
     assert defaults.cache_enabled
     assert defaults.prefix_caching
 

@@ -1,15 +1,18 @@
 """Tokenizers: the GGUF one is converted once and splits text as the model was trained; others load as they are."""
 
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 from models_factory import make_gguf, make_llama, make_model
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from kvshard.runtime.coordinator.detokenizer import Detokenizer
 from kvshard.runtime.models import tokenizer as tokenizer_module
 from kvshard.runtime.models.fields import CheckpointError
-from kvshard.runtime.models.tokenizer import load_tokenizer
+from kvshard.runtime.models.tokenizer import byte_tokens, load_tokenizer
 
 CONVERSATION = [{"role": "user", "content": "What is 12 + 7?"}]
 
@@ -31,6 +34,34 @@ def test_the_demo_tokenizer_is_the_models(demo_tokenizer: PreTrainedTokenizerFas
     assert demo_tokenizer.decode(demo_tokenizer.encode(text)) == text
     # As the model's own tokenizer splits: digits one by one and apart from the blank lines before them.
     assert demo_tokenizer.tokenize("a\n\n12  3") == ["a", "\u010a\u010a", "1", "2", "\u0120\u0120", "3"]
+
+
+def test_any_of_its_tokens_one_by_one_give_the_text_of_the_whole(
+    demo_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    assert byte_tokens(demo_tokenizer) == {}
+    chance = random.Random(0)
+    texts = ["caf\u00e9 \U0001f642 \u65e5\u672c\u8a9e, 12 + 7.", " don't", "\n\n  x"]
+    for skip_special_tokens in (True, False):
+        ids: list[int] = []
+        while len(ids) < 600:
+            ids += demo_tokenizer.encode(chance.choice(texts))
+            ids += [chance.randrange(49152) for _ in range(3)] + [chance.randrange(20)]
+        prompt, ids = ids[:5], ids[5:]
+        detokenizer = Detokenizer(demo_tokenizer, prompt, {}, skip_special_tokens=skip_special_tokens)
+        text = "".join(detokenizer.feed(token) for token in ids) + detokenizer.finish([])
+        before, whole = (
+            demo_tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+            for tokens in (prompt, prompt + ids)
+        )
+        assert before + text == whole
+
+
+def test_the_tokens_of_bytes_are_found() -> None:
+    vocab = {"<unk>": 0, "a": 1, **{f"<0x{byte:02X}>": 300 - byte for byte in range(256)}, "<0x100>": 2}
+    model = models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>")
+    found = byte_tokens(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)))
+    assert found == {300 - byte: byte for byte in range(256)}
 
 
 def test_the_chat_template_comes_along(demo_tokenizer: PreTrainedTokenizerFast) -> None:
