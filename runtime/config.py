@@ -173,7 +173,8 @@ class JobConfig(_Section):
 
     @model_validator(mode="after")
     def _settings_of_the_task(self) -> "JobConfig":
-        for name, value in self.sampling.only_to_generate.items() if self.task == "score" else ():
+        refused = self.sampling.only_to_generate if self.task == "score" else {}
+        for name, value in refused.items():
             raise ValueError(f"sampling.{name}={value!r} has no meaning with task: score; leave it out")
         return self
 

@@ -5,6 +5,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from kvshard.runtime.coordinator.samples import Samples
+
 
 @pytest.mark.parametrize("cache_enabled", [True, False])
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
@@ -52,6 +54,19 @@ def test_cached_prefixes_are_left_alone_and_left_behind(fake: ModuleType) -> Non
     assert stats.num_token_steps == 30 + 30 + 10 + 3  # and the first token of each answer
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_the_first_of_several_samples_is_told_and_the_others_share_its_prompt(
+    fake: ModuleType, prefix_caching: bool
+) -> None:
+    run = fake.Run(fake.make_limits(prefix_caching=prefix_caching, windows=(None, 6)))
+    samples = Samples(fake.make_request("a", 22, n=3, prompt_logprobs=0, max_tokens=3)).requests
+    run.add(*samples)
+    run.to_the_end()
+    run.assert_as_expected(*samples)
+    assert [bool(sample.prompt_logprobs) for sample in samples] == [True, False, False]
+    assert run.coordinator.stats.num_cached_prompt_tokens >= 2 * 20
+
+
 def test_a_later_pass_begins_behind_what_was_told(fake: ModuleType) -> None:
     row = fake.make_request("a", 10, prompt_logprobs=0)
     assert row.num_skippable == 0
@@ -94,3 +109,16 @@ def test_a_plan_names_the_token_before_each_target(fake: ModuleType) -> None:
     assert targets[1].token_ids.tolist() == second.prompt_token_ids[5:]
     assert [part.num_top for part in targets] == [5, 5]
     assert all(part.places.dtype == part.token_ids.dtype == np.int32 for part in targets)
+
+
+def test_a_block_copied_from_another_sample_ends_where_tokens_are_to_be_told(fake: ModuleType) -> None:
+    run = fake.Run(fake.make_limits(block_size=4))
+    first, second = Samples(fake.make_request("a", 10, n=2, prompt_logprobs=0, max_tokens=9)).requests
+    run.add(second)
+    run.step()
+    scheduler = run.coordinator._scheduler
+    copies = []
+    for num_targets in (8, 9):  # as after a preemption
+        first.num_targets = num_targets
+        copies.append(scheduler._prefixes.sample_to_copy(first, 2, scheduler.slots))
+    assert copies == [None, (second, 9)]
