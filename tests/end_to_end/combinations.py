@@ -62,7 +62,8 @@ ROW_SETTINGS: dict[str, Draw] = {
     "stop_token_ids": lambda rng: {"stop_token_ids": _tokens(rng, 9)},
     "min_tokens": lambda rng: {"min_tokens": rng.randint(1, 8)},
     "ignore_eos": lambda rng: {"ignore_eos": True},
-    "logprobs": lambda rng: {"logprobs": 0},
+    "logprobs": lambda rng: {"logprobs": rng.choice((0, 1, 5))},
+    "prompt_logprobs": lambda rng: {"prompt_logprobs": rng.choice((0, 3))},
 }
 
 

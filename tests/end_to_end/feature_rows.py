@@ -10,10 +10,11 @@ NUM_TOKENS = 12
 PROMPT = [77, 44, 28, 53, 42, 79, 32, 49, 60, 91, 52, 30, 99, 55, 72, 61, 17, 12, 35, 86, 10, 21]
 PLAIN = Row(PROMPT, {"temperature": 1.0, "seed": 5, "max_tokens": NUM_TOKENS, "ignore_eos": True})
 
+UNCHANGED = ("logprobs", "prompt_logprobs", "n")  # the first of n samples is what n = 1 gives
+
 
 def feature_rows(plain: list[int]) -> dict[str, Row]:
-    """By group; `plain` are the tokens of PLAIN, which each of them must change (but for `n` and
-    `logprobs`)."""
+    """By group; `plain` are the tokens of PLAIN, which each of them must change, but for those in UNCHANGED."""
     words = [f"w{token_id}" for token_id in plain]
     settings: dict[str, dict[str, Any]] = {
         "temperature": {"temperature": 3.0},
@@ -34,7 +35,8 @@ def feature_rows(plain: list[int]) -> dict[str, Row]:
         "stop_token_ids": {"stop_token_ids": [plain[5]]},
         "min_tokens": {"stop_token_ids": [plain[3]], "min_tokens": NUM_TOKENS - 2},
         "seed": {"seed": 6},
-        "logprobs": {"logprobs": 0},
+        "logprobs": {"logprobs": 3},
+        "prompt_logprobs": {"prompt_logprobs": 2},
         "n": {"n": 3},
     }
     return {name: Row(PROMPT, PLAIN.settings | changed) for name, changed in settings.items()}

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alone import TOKENIZER, Row, make_word_model, parts, run_alone
+from alone import TOKENIZER, Place, Row, compare_logprobs, make_word_model, parts, run_alone
 from feature_rows import PLAIN, PROMPT, feature_rows
 from jobs import run_job, write_job
 
-from kvshard.launch.llm import CompletionOutput, Logprob
+from kvshard.launch.outputs import CompletionOutput, Logprob
 
 TEMPLATE = "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}w10"
 CHAT = [{"role": "user", "content": "w5 w6 w7"}, {"role": "user", "content": "w8"}]
@@ -23,19 +23,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer_of(choice: dict[str, Any]) -> CompletionOutput:
-    logprobs = None
-    if choice["logprobs"] is not None:
-        chosen = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
-        logprobs = [{token_id: Logprob(logprob, "")} for token_id, logprob in chosen]
     return CompletionOutput(
         index=choice["index"],
         text=choice["message"]["content"] if "message" in choice else choice["text"],
         token_ids=choice["token_ids"],
         cumulative_logprob=None,
-        logprobs=logprobs,
+        logprobs=None,
         finish_reason=choice["finish_reason"],
         stop_reason=choice["stop_reason"],
     )
+
+
+def chosen_of(choice: dict[str, Any]) -> list[Place]:
+    """The log probabilities of a completion's tokens."""
+    chosen = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+    return [{token_id: Logprob(logprob, 0, "")} for token_id, logprob in chosen]
+
+
+def places_of(body: dict[str, Any]) -> list[Place | None]:
+    """The log probabilities of a prompt."""
+    return [
+        None if place is None else {int(token_id): Logprob(**values) for token_id, values in place.items()}
+        for place in body["prompt_logprobs"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +96,14 @@ def test_a_job_of_many_features(
     ]
     assert len(parted) <= 1, f"answers that left the truth at a near-tie: {parted}"
     assert "message" in choices["chat"][0]
+    if "logprobs" not in parted:
+        [choice], [truth] = choices["logprobs"], alone["logprobs"]
+        places = zip(choice["token_ids"], truth.answer.logprobs or (), strict=True)
+        chosen = [{token_id: place[token_id]} for token_id, place in places]
+        compare_logprobs(chosen_of(choice), chosen, cache_dtype)
+        assert {len(place) for place in choice["logprobs"]["top_logprobs"]} == {3}
+    of_prompt = places_of(done.rows["prompt_logprobs"]["response"]["body"])
+    compare_logprobs(of_prompt, alone["prompt_logprobs"][0].prompt_logprobs, cache_dtype)
 
     assert done.counter("chunked prompts") > 0
     assert done.counter("preemptions") > 0

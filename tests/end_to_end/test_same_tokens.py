@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from alone import Alone, Row, make_word_model, num_parted, open_llm, run_alone
-from feature_rows import NUM_TOKENS, PLAIN, PROMPT, feature_rows
+from feature_rows import NUM_TOKENS, PLAIN, PROMPT, UNCHANGED, feature_rows
 
 from kvshard import LLM, SamplingParams
-from kvshard.launch.llm import RequestOutput
+from kvshard.launch.outputs import RequestOutput
 
 LONG = Row(PROMPT[::-1], PLAIN.settings | {"max_tokens": 2 * NUM_TOKENS})
 CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
@@ -85,13 +85,16 @@ def test_every_setting_is_felt(cache_dtype: str, truth: Truth) -> None:
     answers = dict(zip(names, others, strict=True))
     assert dict(zip(names, rows[2:], strict=True)) == feature_rows(plain.token_ids)
     for name, (answer, *_) in answers.items():
-        if name in ("n", "logprobs"):  # the first of n samples is what n = 1 gives
+        if name in UNCHANGED:
             assert answer.token_ids == plain.token_ids
         else:
             assert answer.token_ids != plain.token_ids, name
     tokens = {name: answer.token_ids for name, (answer, *_) in answers.items()}
     assert len({tuple(answer.token_ids) for answer in answers["n"]}) == 3
-    assert answers["logprobs"][0].logprobs is not None
+    assert {len(place) for place in answers["logprobs"][0].logprobs or ()} <= {3, 4}
+    of_prompt = dict(zip(names, alone[2:], strict=True))["prompt_logprobs"][0].prompt_logprobs
+    assert of_prompt is not None
+    assert [place is None for place in of_prompt] == [True] + [False] * (len(PROMPT) - 1)
     assert answers["stop"][0].stop_reason == feature_rows(plain.token_ids)["stop"].settings["stop"][0]
     assert plain.token_ids[1] not in tokens["bad_words"]
     assert set(tokens["allowed_token_ids"]) <= set(range(20, 60))
