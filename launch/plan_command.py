@@ -183,7 +183,7 @@ def _print(console: Console, config: JobConfig, result: MemoryPlan) -> None:
     if len(result.groups) > 1 or result.groups[0].window is not None:
         for group in result.groups:
             seen = "all tokens" if group.window is None else f"{group.window:,} tokens"
-            console.print(f"  {group.num_layers} layers that see {seen}: {group.num_blocks:,} blocks")
+            console.print(f"  {group.num_layers} layer(s) that see {seen}: {group.num_blocks:,} blocks")
     if result.problem is None:
         console.print("[green]fits[/green]")
     else:

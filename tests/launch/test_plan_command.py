@@ -74,6 +74,18 @@ def test_json(job: Path) -> None:
     assert [shard["usable_bytes"] for shard in values["shards"]] == [2 * 2**30] * 2
 
 
+def test_layers_with_a_window(job: Path) -> None:
+    """Mistral's layers are Llama's but for the window. 8 rows hold 5 blocks each, as does one prefix; 4 are for a chunk."""
+    path = job.parent / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": 64}
+    path.write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
+    sizes = "scheduler={max_num_seqs: 8, max_num_batched_tokens: 64}"
+    result = invoke(str(job), "--set", "cache.num_blocks=99", "--set", sizes)
+    assert result.exit_code == 0, result.output
+    assert "2 layer(s) that see 64 tokens: 50 blocks" in result.output
+    assert "longest request 512 of 512 tokens" in result.output
+
+
 def test_table(job: Path) -> None:
     result = invoke(str(job), "--device-memory", "4GiB,5GiB")
     assert result.exit_code == 0, result.output
