@@ -55,7 +55,9 @@ class Logprobs:
         bits = torch.where(is_ours, ours.view(torch.int32), 0).long()  # one rank has the token, others add 0
         mass, bits = self._group.all_reduce(torch.stack((mass, bits)), "logprobs.chosen")
         values = bits.int().view(torch.float32)[:, None]
-        ranks = self._group.all_reduce((logits > values).sum(1), "logprobs.rank")[:, None] + 1
+        # As bytes: on the CPU torch sums those eight times faster than booleans.
+        num_greater = (logits > values).view(torch.int8).sum(1, dtype=torch.int32).long()
+        ranks = self._group.all_reduce(num_greater, "logprobs.rank")[:, None] + 1
         token_ids = token_ids[:, None]
         if num_top > 0:
             top_values, top_ids = self._top(logits, min(num_top, self._vocab_size))
