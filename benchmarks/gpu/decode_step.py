@@ -92,7 +92,7 @@ class Model:
         self.cache = KVCache(
             self.spec,
             self.shard,
-            num_blocks=num_blocks,
+            group_blocks=(num_blocks,),
             block_size=BLOCK_SIZE,
             format="auto",
             dtype=torch.bfloat16,
@@ -139,7 +139,7 @@ class Eager:
         )
         last = torch.arange(rows, device=model.device)
         nobody = np.zeros(0, np.int32)
-        return StepInputs(self.tokens, position, place, meta, last, nobody, nobody.astype(np.int64))
+        return StepInputs(self.tokens, position, (place,), (meta,), last, nobody, nobody.astype(np.int64))
 
 
 class Captured:
@@ -161,7 +161,7 @@ class Captured:
         nobody = np.zeros(0, np.int32)
         last = torch.arange(bucket, device=device)
         self.inputs = StepInputs(
-            self.tokens, self.position, self.slots, self.meta, last, nobody, nobody.astype(np.int64)
+            self.tokens, self.position, (self.slots,), (self.meta,), last, nobody, nobody.astype(np.int64)
         )
         self._replay = self._capture()
 

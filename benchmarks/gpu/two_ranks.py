@@ -87,7 +87,7 @@ def logits_of(group: Group) -> Tensor:
     cache = KVCache(
         spec,
         shard,
-        num_blocks=num_blocks,
+        group_blocks=(num_blocks,),
         block_size=BLOCK_SIZE,
         format="auto",
         dtype=torch.float32,
@@ -100,8 +100,8 @@ def logits_of(group: Group) -> Tensor:
     inputs = StepInputs(
         token_ids=positions * 7 % spec.vocab_size,
         positions=positions,
-        slot_mapping=positions + BLOCK_SIZE,  # the blocks lie one behind the other, from block 1 on
-        attention=ops.AttentionMetadata.build(count, count, table, BLOCK_SIZE, device),
+        slot_mappings=(positions + BLOCK_SIZE,),  # the blocks lie one behind the other, from block 1 on
+        attention=(ops.AttentionMetadata.build(count, count, table, BLOCK_SIZE, device),),
         sample_tokens=positions,
         sample_slots=nobody,
         sample_positions=nobody.astype(np.int64),
