@@ -18,8 +18,10 @@ CHAT_IDS = [9, 5, 6, 7, 9, 8, 10]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Gemma 2, every second layer with a window of 4 tokens; of three shards one has two of the four heads, in two groups."""
-    return make_word_model(tmp_path_factory.mktemp("model"), "gemma2", num_attention_heads=4)
+    """Gemma 2, every second layer with a window of 4 tokens; two shards have 2 and 1 of the heads, and the same KV head."""
+    return make_word_model(
+        tmp_path_factory.mktemp("model"), "gemma2", num_attention_heads=3, num_key_value_heads=1
+    )
 
 
 def answer_of(choice: dict[str, Any]) -> CompletionOutput:
@@ -50,7 +52,7 @@ def places_of(body: dict[str, Any]) -> list[Place | None]:
 
 @pytest.mark.parametrize(
     ("launcher", "size", "cache_dtype"),
-    [("local", 1, "fp8"), ("local", 3, "int4"), ("ray", 3, "auto"), ("torchrun", 3, "auto")],
+    [("local", 1, "fp8"), ("local", 2, "int4"), ("ray", 2, "auto"), ("torchrun", 2, "auto")],
 )
 def test_a_job_of_many_features(
     launcher: str, size: int, cache_dtype: str, model: Path, tmp_path: Path
