@@ -2,7 +2,7 @@
 
     python -m kvshard.configs.tiny_gemma3 outputs/tiny-gemma3
 
-It has what Gemma 3 1B has, at a fiftieth of the width: five layers with a window to one without, 4 query heads on a single
+It has what Gemma 3 1B has, at an eighteenth of the width: five layers with a window to one without, 4 query heads on a single
 KV head, norms of queries and keys. What it says means nothing.
 """
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from ..runtime.coordinator.loop import Coordinator
 from ..runtime.coordinator.request import Request
 from ..runtime.coordinator.samples import Samples
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, ShardError
 from ..runtime.observe.progress import NoProgress, make_progress
 
 
@@ -31,6 +31,7 @@ class Running:
         self._live: dict[str, tuple[Samples, deque[Samples]]] = {}  # by request id; where it goes at its end
         self._new: deque[Request] = deque()  # not with the coordinator yet
         self._aborts: deque[str] = deque()
+        self._failure: BaseException | None = None  # what broke a step off
 
     def abort(self, request_id: str) -> None:
         """End a prompt before the next step; unknown ids are ignored."""
@@ -87,15 +88,17 @@ class Running:
 
     def _step(self) -> None:
         if not self._close.alive:
-            raise ConfigError("this LLM is closed; make another one")
-        self._add_and_abort()
+            if isinstance(self._failure, ShardError):
+                raise self._failure  # it ends the calls of all threads
+            raise ConfigError("this LLM is closed; make another one") from self._failure
         try:
-            requests = self._coordinator.step()
-        except BaseException:
+            self._add_and_abort()
+            for request in self._coordinator.step():
+                self._end(request)
+        except BaseException as failure:
+            self._failure = failure
             self._close()
             raise
-        for request in requests:
-            self._end(request)
 
     def _add_and_abort(self) -> None:
         while self._new:

@@ -92,6 +92,17 @@ class SamplingParams(BaseModel):
     detokenize: bool = Field(True, description="false leaves the text empty; the token ids are the answer")
     skip_special_tokens: bool = Field(True, description="leave special tokens such as EOS out of the text")
 
+    @field_validator(
+        "n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", mode="before"
+    )
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(
+                f"expected a whole number, not {str(value).lower()}; null or leaving it out asks for none"
+            )
+        return value
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop_string(cls, value: Any) -> Any:

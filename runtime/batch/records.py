@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ..errors import RequestError
 from ..models.prompt import Prompt
-from ..sampling_params import SamplingParams
+from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from .inputs import InputLine, read_lines
 
 
@@ -158,6 +158,10 @@ def _read_request(row_id: str, body: dict[str, Any], defaults: SamplingParams) -
         "field",
     )
     num_top = given.get("top_logprobs", 0)
+    if isinstance(num_top, bool) or num_top not in range(MAX_LOGPROBS + 1):
+        raise RequestError(
+            f"top_logprobs={_short(num_top)}: expected a whole number from 0 to {MAX_LOGPROBS}"
+        )
     if isinstance(fields.get("logprobs"), bool):  # as chat requests say it
         fields["logprobs"] = num_top if fields["logprobs"] else None
     if num_top and fields.get("logprobs") != num_top:

@@ -83,11 +83,17 @@ def _logprobs(row: Row, places: list[Place], text_of: TokenText) -> dict[str, An
     return {
         "tokens": [text_of(chosen.token_id) for chosen, *_ in places],
         "token_logprobs": [chosen.logprob for chosen, *_ in places],
-        # By text, where the likelier of two tokens with the same text stays.
-        "top_logprobs": [
-            {text_of(token.token_id): token.logprob for token in reversed(top)} for _, *top in places
-        ],
+        "top_logprobs": [_by_text(place, text_of) for place in places],
     }
+
+
+def _by_text(place: Place, text_of: TokenText) -> dict[str, float]:
+    """The most likely tokens, then the chosen one; of two with the same text the likelier stays."""
+    chosen, *top = place
+    logprobs: dict[str, float] = {}
+    for token in (*top, chosen):
+        logprobs.setdefault(text_of(token.token_id), token.logprob)
+    return logprobs
 
 
 def _score(row: Row, request: Request, model: str, text_of: TokenText) -> dict[str, Any]:

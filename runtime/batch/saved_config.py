@@ -10,7 +10,7 @@ from ..config import JobConfig
 from ..errors import ConfigError
 from ..sampling_params import SamplingParams
 
-# Settings that change what the answers are. The others change only how fast, and where, they are made.
+# Settings that change what the answers are. The others change how fast and where they are made, and with that rounding.
 _RESULT_KEYS = (
     "task",
     "model",
@@ -18,6 +18,7 @@ _RESULT_KEYS = (
     "tokenizer",
     "chat_template",
     "dtype",
+    "cache.dtype",
     "seed",
     *(f"sampling.{name}" for name in SamplingParams.model_fields),
 )
@@ -45,9 +46,9 @@ def check_same_results(output: Path, saved: Path, config: JobConfig) -> None:
         return  # the user took it away
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {saved}, the settings of the rows in {output}: {error}") from None
-    new = config.model_dump(mode="json")
+    new, defaults = config.model_dump(mode="json"), JobConfig(model=config.model).model_dump(mode="json")
     for key in _RESULT_KEYS:
-        before, now = _get(old, key), _get(new, key)
+        before, now = _get(old, key, _get(defaults, key)), _get(new, key)
         if before == now or (key in _AUTO_KEYS and now == "auto"):
             continue
         raise ConfigError(
@@ -56,7 +57,10 @@ def check_same_results(output: Path, saved: Path, config: JobConfig) -> None:
         )
 
 
-def _get(values: Any, dotted: str) -> Any:
+def _get(values: Any, dotted: str, default: Any = None) -> Any:
+    """A setting of nested groups; `default` where the file does not have it, as when it is older than the setting."""
     for part in dotted.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
+        if not isinstance(values, dict) or part not in values:
+            return default
+        values = values[part]
     return values

@@ -69,8 +69,8 @@ def is_scored(request: Request) -> bool:
 
 
 def score_of(request: Request) -> Score | None:
-    """The score of a text; None before it is known, and for other requests."""
-    if not is_scored(request):
+    """The score of a text; None before it is known, of one that failed, and for other requests."""
+    if request.error is not None or not is_scored(request):
         return None
     logprobs = (logprob for table in request.prompt_logprobs for logprob in table.logprobs[:, 0].tolist())
     return Score(len(request.prompt_token_ids) - 1, math.fsum(logprobs))

@@ -2,14 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from alone import TOKENIZER, Place, Row, compare_logprobs, make_word_model, parts, run_alone
-from feature_rows import PLAIN, PROMPT, feature_rows
-from jobs import run_job, write_job
-
-from kvshard.launch.outputs import CompletionOutput, Logprob
+from alone import Row, compare_logprobs, make_word_model, parts, run_alone
+from feature_rows import PLAIN, feature_rows
+from launched import answer_of, chosen_of, line_of, places_of, run_rows
 
 TEMPLATE = "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}w10"
 CHAT = [{"role": "user", "content": "w5 w6 w7"}, {"role": "user", "content": "w8"}]
@@ -24,32 +21,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def answer_of(choice: dict[str, Any]) -> CompletionOutput:
-    return CompletionOutput(
-        index=choice["index"],
-        text=choice["message"]["content"] if "message" in choice else choice["text"],
-        token_ids=choice["token_ids"],
-        cumulative_logprob=None,
-        logprobs=None,
-        finish_reason=choice["finish_reason"],
-        stop_reason=choice["stop_reason"],
-    )
-
-
-def chosen_of(choice: dict[str, Any]) -> list[Place]:
-    """The log probabilities of a completion's tokens."""
-    chosen = zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
-    return [{token_id: Logprob(logprob, 0, "")} for token_id, logprob in chosen]
-
-
-def places_of(body: dict[str, Any]) -> list[Place | None]:
-    """The log probabilities of a prompt."""
-    return [
-        None if place is None else {int(token_id): Logprob(**values) for token_id, values in place.items()}
-        for place in body["prompt_logprobs"]
-    ]
-
-
 @pytest.mark.parametrize(
     ("launcher", "size", "cache_dtype"),
     [("local", 1, "fp8"), ("local", 2, "int4"), ("ray", 2, "auto"), ("torchrun", 2, "auto")],
@@ -61,34 +32,18 @@ def test_a_job_of_many_features(
     rows = {"plain": PLAIN, **feature_rows(plain.answer.token_ids), "chat": Row(CHAT_IDS, PLAIN.settings)}
     alone = dict(zip(rows, run_alone(model, list(rows.values()), cache_dtype), strict=True))
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    config = {
-        "model": str(model),
-        "tokenizer": str(model / TOKENIZER),
-        "chat_template": "chat.jinja",
-        "launcher": launcher,
-        "tensor_parallel_size": size,
-        "device": "cpu",
-        "threads_per_shard": 1,
-        "cache": {"dtype": cache_dtype, "block_size": 4, "num_blocks": 19},
-        "scheduler": {
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 8,
-            "max_model_len": 64,
-            "run_ahead": 2,
-        },
-        "sampling": PLAIN.settings,
-    }
-    lines = [
-        {
-            "id": name,
-            **({"messages": CHAT} if name == "chat" else {"prompt_token_ids": PROMPT}),
-            **row.settings,
-        }
-        for name, row in rows.items()
-    ]
-    done = run_job(write_job(tmp_path, config, lines))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.rows.keys() == rows.keys()
+    lines = {name: line_of(row) for name, row in rows.items()}
+    lines["chat"] = {"messages": CHAT, **PLAIN.settings}
+    done = run_rows(
+        tmp_path,
+        model,
+        launcher,
+        size,
+        lines,
+        chat_template="chat.jinja",
+        cache={"dtype": cache_dtype, "block_size": 4, "num_blocks": 19},
+        sampling=PLAIN.settings,
+    )
     choices = {name: line["response"]["body"]["choices"] for name, line in done.rows.items()}
     parted = [
         name

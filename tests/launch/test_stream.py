@@ -206,10 +206,11 @@ def test_a_stream_raises_as_generate_does() -> None:
         with pytest.raises(RequestError, match=r"prompts\[1\]: .*500"):
             llm.generate(["good", "x" * 500], SHORT, stream=True)
         assert engine_of(llm).executor.num_results == 0
-        stream = llm.generate(["a", "b"], LONG, stream=True)
+        stream, other = (llm.generate(["a", "b"], LONG, stream=True) for _ in range(2))
         engine_of(llm).executor.lost_at_step = 2
-        with pytest.raises(ShardError, match="node-b"):
-            next(stream)
+        for call in (stream, other):  # whoever took the step, all are told why
+            with pytest.raises(ShardError, match="node-b"):
+                next(call)
         assert engine_of(llm).executor.closed
         with pytest.raises(ConfigError, match="this LLM is closed"):
             llm.generate("a", SHORT, stream=True)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alone import make_word_model, open_llm
 from family_models import make_family_model
 
 from kvshard.launch.local import InProcessExecutor
@@ -21,6 +22,7 @@ from kvshard.runtime.sampling_params import SamplingParams
 
 LONGEST = 128 * 1024
 WINDOW, BLOCK_SIZE, CHUNK, NUM_NEW = 64, 16, 2048, 40
+SIZES = {"sliding_window": WINDOW, "max_position_embeddings": LONGEST}
 NUM_WINDOW_BLOCKS = 2 * (WINDOW // BLOCK_SIZE + 1) + CHUNK // BLOCK_SIZE + 1  # one row, and a prefix's share
 
 
@@ -60,8 +62,7 @@ def _prompt() -> list[int]:
 
 
 def test_windows_only(tmp_path: Path) -> None:
-    """Two layers with a window see 2 * (WINDOW - 1) tokens back: so far transformers reads, at the same positions."""
-    model = make_family_model("mistral", sliding_window=WINDOW, max_position_embeddings=LONGEST)
+    model = make_family_model("mistral", **SIZES)
     model.save_pretrained(tmp_path)
     coordinator, request, executor, plan = _run(tmp_path, _prompt())
     assert [(g.window, g.num_layers, g.num_blocks) for g in plan.groups] == [(WINDOW, 2, NUM_WINDOW_BLOCKS)]
@@ -70,20 +71,24 @@ def test_windows_only(tmp_path: Path) -> None:
     assert executor.worker.cache.num_bytes == NUM_WINDOW_BLOCKS * BLOCK_SIZE * 2 * 2 * 2 * 16 * 4
     num_row = WINDOW // BLOCK_SIZE + 1 + CHUNK // BLOCK_SIZE
     assert 0 < coordinator.stats.peak_used_layer_blocks <= 2 * num_row
+    check_tokens(model, request.prompt_token_ids, request.output_token_ids)
+
+
+def check_tokens(model: Any, prompt: list[int], output: list[int]) -> None:
+    """Two layers with a window see 2 * (WINDOW - 1) tokens back: so far transformers reads, at the same positions."""
     num_seen = 2 * WINDOW + NUM_NEW
-    tokens = torch.tensor([(request.prompt_token_ids + request.output_token_ids)[-num_seen:]])
+    tokens = torch.tensor([(prompt + output)[-num_seen:]])
     positions = torch.arange(LONGEST - num_seen, LONGEST)[None]
     with torch.inference_mode():
         logits = model(tokens, position_ids=positions).logits[0]
-    assert logits[-NUM_NEW - 1 : -1].argmax(-1).tolist() == request.output_token_ids
+    assert logits[-NUM_NEW - 1 : -1].argmax(-1).tolist() == output
 
 
 @pytest.mark.slow
 def test_full_attention_beside_windows(tmp_path: Path) -> None:
     model = make_family_model(
         "qwen2_windows",
-        sliding_window=WINDOW,
-        max_position_embeddings=LONGEST,
+        **SIZES,
         num_attention_heads=3,
         num_key_value_heads=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -101,3 +106,32 @@ def test_full_attention_beside_windows(tmp_path: Path) -> None:
     num_used = coordinator.stats.peak_used_layer_blocks
     num_row = WINDOW // BLOCK_SIZE + 1 + CHUNK // BLOCK_SIZE
     assert num_full - 1 < num_used <= num_full - 1 + num_row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "cache_dtype", "kv_heads", "row_bytes"),
+    [(5, "auto", [1, 1, 2, 1, 1], 4 * 16), (3, "int8", [1, 2, 1], 16 + 2)],
+)
+def test_windows_only_on_shards(
+    size: int, cache_dtype: str, kv_heads: list[int], row_bytes: int, tmp_path: Path
+) -> None:
+    """Six heads of 16 channels in two groups."""
+    model = make_word_model(tmp_path, "mistral", **SIZES)
+    prompt = _prompt()
+    with open_llm(
+        model,
+        size,
+        cache={"dtype": cache_dtype, "block_size": BLOCK_SIZE},
+        scheduler={"max_num_seqs": 1, "max_num_batched_tokens": CHUNK},
+    ) as llm:
+        sampling = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+        [output] = llm.generate({"prompt_token_ids": prompt}, sampling)
+        shards = llm._engine.shards
+        num_used = llm._engine.coordinator.stats.peak_used_layer_blocks
+    assert len(output.outputs[0].token_ids) == NUM_NEW
+    if cache_dtype == "auto":
+        check_tokens(make_family_model("mistral", **SIZES), prompt, output.outputs[0].token_ids)
+    one_head = NUM_WINDOW_BLOCKS * BLOCK_SIZE * 2 * 2 * row_bytes  # 2 layers of K and V
+    assert [shard.kv_bytes for shard in shards] == [count * one_head for count in kv_heads]
+    assert num_used <= 2 * (WINDOW // BLOCK_SIZE + 1 + CHUNK // BLOCK_SIZE)

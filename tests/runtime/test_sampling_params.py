@@ -59,3 +59,12 @@ def test_null_is_the_default() -> None:
 )
 def test_penalizes(fields: dict[str, Any], penalizes: bool) -> None:
     assert SamplingParams(**fields).penalizes == penalizes
+
+
+@pytest.mark.parametrize(
+    "name", ["n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"]
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_truth_value_is_no_number(name: str, value: bool) -> None:
+    with pytest.raises(ValidationError, match=f"expected a whole number, not {str(value).lower()}"):
+        SamplingParams.model_validate({name: value})

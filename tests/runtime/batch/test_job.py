@@ -47,7 +47,7 @@ def test_the_answer_of_a_completion(tmp_path: Path) -> None:
             "logprobs": {
                 "tokens": ["A", "B", "C"],
                 "token_logprobs": [-1.0, -2.0, -3.0],
-                "top_logprobs": [{"x": -1.5}] * 3,
+                "top_logprobs": [{"x": -1.5, "A": -1.0}, {"x": -1.5, "B": -2.0}, {"x": -1.5, "C": -3.0}],
             },
         }
     ]

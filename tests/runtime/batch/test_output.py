@@ -218,6 +218,7 @@ def test_the_saved_config_is_a_job_file(tmp_path: Path) -> None:
         ({"seed": 1}, "seed", "0", "1"),
         ({"chat_template": "t"}, "chat_template", "None", "'t'"),
         ({"dtype": "float16"}, "dtype", "'float32'", "'float16'"),
+        ({"cache": {"dtype": "int4"}}, r"cache\.dtype", "'auto'", "'int4'"),
     ],
 )
 def test_settings_that_change_answers_are_refused_for_a_file_that_has_some(
@@ -233,6 +234,20 @@ def test_settings_that_change_answers_are_refused_for_a_file_that_has_some(
     with pytest.raises(ConfigError, match=f"{key}: .* {before} and the job says {now}.* another output.path"):
         OutputFile.open(path, second)
     assert path.read_bytes() == ok_line("a") + SYSTEM_ERROR
+
+
+def test_a_setting_that_the_older_file_does_not_have_had_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with OutputFile.open(path, config()) as output:
+        output.save_config(config())
+        output.write(ok_line("a"))
+    saved = tmp_path / "out.jsonl.config.yaml"
+    values = yaml.safe_load(saved.read_text())
+    del values["task"], values["sampling"]["n"], values["cache"]
+    saved.write_text(yaml.safe_dump(values))
+    OutputFile.open(path, config()).close()
+    with pytest.raises(ConfigError, match=r"sampling\.n: .* 1 and the job says 2"):
+        OutputFile.open(path, config(sampling={"n": 2}))
 
 
 def test_settings_that_only_change_speed_may_differ(tmp_path: Path) -> None:

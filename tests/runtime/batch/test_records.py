@@ -155,6 +155,12 @@ def test_a_line_without_a_usable_id_is_named_after_its_line(tmp_path: Path, line
         ({**CHAT, "logprobs": -1}, "logprobs=-1"),
         ({**CHAT, "logprobs": False, "top_logprobs": 5}, "top_logprobs=5 needs logprobs=true"),
         ({**CHAT, "top_logprobs": 5}, "top_logprobs=5 needs logprobs=true"),
+        (
+            {**CHAT, "logprobs": True, "top_logprobs": 21},
+            "top_logprobs=21: expected a whole number from 0 to 20",
+        ),
+        ({**CHAT, "logprobs": True, "top_logprobs": "3"}, 'top_logprobs="3": expected'),
+        ({**CHAT, "n": True}, "expected a whole number, not true"),
         ({**CHAT, "stop_token_ids": ["x"]}, 'stop_token_ids.0="x"'),
         ({**CHAT, "temperature": float("inf")}, "temperature=Infinity"),
         # No plan could hold these.

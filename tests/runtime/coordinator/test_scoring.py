@@ -94,6 +94,7 @@ def test_a_text_whose_logits_are_not_finite_fails_alone(fake: ModuleType, length
     run.to_the_end()
     assert texts[0].finish_reason == "error"
     assert "not finite" in texts[0].error
+    assert score_of(texts[0]) is None
     assert_scored(fake, texts[1])
 
 
