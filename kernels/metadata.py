@@ -1,7 +1,7 @@
 """What attention must know about a step besides tensors: who owns which heads, and how long each row is."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -120,6 +120,10 @@ class AttentionMetadata:
             max_query_len=int(query_lens.max()),
             max_context_len=max_context_len,
         )
+
+    def with_tables(self, block_tables: Tensor) -> "AttentionMetadata":
+        """The same rows in another layer group, whose block tables have the same shape."""
+        return replace(self, block_tables=block_tables, _prepared={})
 
     def prepare(self, key: Hashable, make: Callable[[], T], refill: Callable[[T], None] | None = None) -> T:
         """The back end's plan for this step, made by the first layer that asks and reused by the others.

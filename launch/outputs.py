@@ -117,7 +117,7 @@ def request_output(
 
 
 def _answer(request: Request, text_of: Callable[[int], str]) -> CompletionOutput:
-    places = request.output_logprobs
+    places = None if request.output_logprobs is None else list(request.output_logprobs.places())
     return CompletionOutput(
         index=request.sample_index,
         text=request.text,

@@ -41,7 +41,7 @@ def _choice(row: Row, request: Request, text_of: TokenText) -> dict[str, Any]:
     choice["token_ids"] = list(request.output_token_ids)
     choice["logprobs"] = None
     if request.output_logprobs is not None:
-        choice["logprobs"] = _logprobs(row, request.output_logprobs, text_of)
+        choice["logprobs"] = _logprobs(row, list(request.output_logprobs.places()), text_of)
     return choice
 
 

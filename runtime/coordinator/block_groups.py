@@ -42,13 +42,15 @@ class BlockGroups:
     def can_admit(self, num_tokens: int, chunk_end: int, found: BlockTables, keep_free: bool) -> bool:
         """Whether there is room for a row of `num_tokens` that begins with `found`.
 
-        In window groups up to the end of its first chunk. `keep_free`: some blocks are to be left for the
-        rows that run, lest it be preempted at once.
+        In window groups up to the end of its first chunk, or as much of that as they can ever hold. `keep_free`:
+        some blocks are to be left for the rows that run, lest it be preempted at once.
         """
         for window, manager, block_ids in zip(self.windows, self.managers, found, strict=True):
             end = num_tokens if window is None else chunk_end
             num_new = -(-end // self._block_size) - len(block_ids)
             reserve = max(manager.num_usable // 100, 1) if keep_free else 0
+            if window is not None:
+                num_new = max(min(num_new, manager.num_usable - len(_held(block_ids)) - reserve), 1)
             if num_new + reserve > manager.num_free_beside(_held(block_ids)):
                 return False
         return True

@@ -1,7 +1,7 @@
 """Log probabilities on their way from a step to an answer: of the token at a place, and of the most likely ones there."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,3 +53,30 @@ class LogprobTable:
             np.frombuffer(logprobs, np.float32).reshape(-1, columns),
             np.frombuffer(ranks, np.int32).reshape(-1, columns),
         )
+
+
+@dataclass(slots=True)
+class LogprobLines:
+    """Lines of tables one after the other, as bytes: an answer may have thousands of them."""
+
+    num_top: int  # most likely tokens kept beside each
+    _num_columns: int = 1
+    _token_ids: bytearray = field(default_factory=bytearray)
+    _logprobs: bytearray = field(default_factory=bytearray)
+    _ranks: bytearray = field(default_factory=bytearray)
+
+    def append(self, table: LogprobTable, line: int) -> None:
+        """Add a line of a table, which has as many columns as earlier ones or more than are kept."""
+        columns = slice(1 + self.num_top)
+        self._num_columns = len(table.token_ids[line, columns])
+        self._token_ids += table.token_ids[line, columns].tobytes()
+        self._logprobs += table.logprobs[line, columns].tobytes()
+        self._ranks += table.ranks[line, columns].tobytes()
+
+    def __len__(self) -> int:
+        return len(self._token_ids) // (4 * self._num_columns)
+
+    def places(self) -> Iterator[Place]:
+        """Line by line, as Python's numbers."""
+        columns = self._num_columns, self._token_ids, self._logprobs, self._ranks
+        return LogprobTable.unpack(columns).places()

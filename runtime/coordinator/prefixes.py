@@ -15,7 +15,7 @@ A prefix is of use if every layer group has what the token behind it sees: with 
 a window its last blocks only. So window groups keep little of a prompt, and may have lost what others have.
 
 The samples of one prompt (n above 1) meet in the same way. They also do where prefix caching is off: then the hashes of
-a prompt begin with its request's id, and nobody else finds them. The prompt's last block, which is not full, each
+a prompt begin with its request's id, and no other id finds them. The prompt's last block, which is not full, each
 fills on its own; one that begins while another has it starts from a copy.
 """
 
@@ -109,15 +109,19 @@ class Prefixes:
 
     def _entries(self, manager: BlockManager, hashes: list[bytes], window: int | None) -> list[int]:
         first = self._blocks.first_seen(window, len(hashes) * self._block_size)
-        found = [manager.find(block_hash) for block_hash in hashes[first:]]
-        return [PASSED] * first + [block_id for block_id in found if block_id is not None]
+        block_ids = [PASSED] * first
+        for block_hash in hashes[first:]:
+            block_id = manager.find(block_hash)
+            assert block_id is not None, "a block of the prefix is not there"
+            block_ids.append(block_id)
+        return block_ids
 
     def is_being_computed(
         self, request: Request, num_found: int, table: SlotTable, chunk_slots: list[int]
     ) -> bool:
         """Whether a chunk in the plan being made fills the first block that `request` did not find.
 
-        chunk_slots: slots whose prefills this plan brings to their end, as it has room for more.
+        chunk_slots: slots with a chunk in it.
         """
         if not self.may_share(request) or num_found >= self._most(request):
             return False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from ..config import Task
 from ..sampling_params import SamplingParams
 from .logits_rules import LogitsRules
-from .logprobs import LogprobTable, Place
+from .logprobs import LogprobLines, LogprobTable
 from .plan import SlotSampling
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Request:
     sample_index: int = 0  # which of the `sampling.n` requests with this id and prompt
 
     output_token_ids: list[int] = field(default_factory=list)  # an ending EOS or stop token included
-    output_logprobs: list[Place] | None = None  # one an output token, when asked for
+    output_logprobs: LogprobLines | None = None  # a line an output token, when asked for
     prompt_logprobs: list[LogprobTable] = field(default_factory=list)  # when asked for, in the prompt's order
     num_targets: int = 0  # prompt tokens whose log probabilities sent plans ask for; the first one has none
     text: str = ""  # complete when finished; grows before that only when there are stop strings
@@ -67,7 +67,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.sampling.logprobs is not None:
-            self.output_logprobs = []
+            self.output_logprobs = LogprobLines(self.sampling.logprobs)
 
     @classmethod
     def new(

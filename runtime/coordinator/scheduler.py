@@ -226,8 +226,7 @@ class Scheduler:
             if self._prefixes.may_share(request) and request.num_prompt_top is None:
                 self._stats.count_lookup(num_cached, len(request.prompt_token_ids))
         sampling = request.slot_sampling(self._eos_token_ids)
-        block_ids = tuple(map(tuple, request.block_tables))
-        builder.opened.append(OpenedSlot(slot, num_cached, block_ids, sampling))
+        builder.opened.append(OpenedSlot(slot, num_cached, tuple(map(tuple, request.block_tables)), sampling))
         self._add_chunk(builder, slot)
 
     def _add_chunk(self, builder: PlanBuilder, slot: int) -> bool:
@@ -254,6 +253,7 @@ class Scheduler:
         for request, num_new in zip(requests[first:], plan.row_num_new_tokens[first:].tolist(), strict=True):
             end = int(table.num_computed[request.slot])
             self._prefixes.publish(request, end - num_new, end)
+            self.blocks.give_up_passed(request, end)
         serials, num_targets = table.serial[slots], builder.num_targets
         self._sent.append(
             SentPlan(plan.step_id, first, slots, serials, plan.row_samples, requests, num_targets)

@@ -44,14 +44,11 @@ class SentPlan:
             elif token_id != NO_TOKEN:
                 request.output_token_ids.append(token_id)
         if result.logprobs is not None:
-            rows = np.flatnonzero(self.samples).tolist()
-            for row, place in zip(rows, result.logprobs.places(), strict=True):
+            for line, row in enumerate(np.flatnonzero(self.samples).tolist()):
                 request = self.requests[row]
-                if request.sampling.logprobs is None or request.status == "finished":
-                    continue
-                assert request.output_logprobs is not None, "made with the request"
-                if token_ids[row] != NO_TOKEN:
-                    request.output_logprobs.append(place[: 1 + request.sampling.logprobs])
+                lines = request.output_logprobs
+                if lines is not None and request.status != "finished" and token_ids[row] != NO_TOKEN:
+                    lines.append(result.logprobs, line)
         if result.prompt_logprobs is not None:
             self._hand_out_prompts(result.prompt_logprobs)
         for request in self.requests[self.num_decodes :]:

@@ -13,7 +13,9 @@ class CoordinatorStats:
     num_chunked_prompts: int = 0  # prefills that took more than one plan
     num_preemptions: int = 0
     num_cached_prompt_tokens: int = 0  # found in the cache when their requests were first admitted ...
-    num_looked_up_prompt_tokens: int = 0  # ... of all those prompts' tokens; 0 without prefix caching
+    num_looked_up_prompt_tokens: int = (
+        0  # ... of the tokens of all prompts looked up; without prefix caching, of samples only
+    )
     num_dropped_tokens: int = 0  # sampled for rows that had ended already
     num_prompt_tokens: int = 0  # of finished requests
     num_output_tokens: int = 0  # of finished requests

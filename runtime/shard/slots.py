@@ -72,16 +72,15 @@ class Slots:
         tables = self._block_tables[:, :, :max_blocks].index_select(1, self._to_device(slots))
         blocks = tables[:, self._to_device(row_of_token), positions // self._block_size]  # [groups, T]
         slot_mappings = blocks.long() * self._block_size + positions % self._block_size
-        context_lens = after.astype(np.int32)
+        attention = AttentionMetadata.build(
+            query_lens, after.astype(np.int32), tables[0], self._block_size, self._device
+        )
         samples = plan.row_samples
         return StepInputs(
             token_ids=token_ids,
             positions=positions,
             slot_mappings=slot_mappings.unbind(),
-            attention=tuple(
-                AttentionMetadata.build(query_lens, context_lens, table, self._block_size, self._device)
-                for table in tables.unbind()
-            ),
+            attention=tuple(attention.with_tables(table) for table in tables.unbind()),
             sample_tokens=self._to_device(ends[samples] - 1),
             sample_slots=slots[samples],
             sample_positions=after[samples],

@@ -55,7 +55,7 @@ def check_request(request: Request, model: Any, num_top: int) -> None:
     sequence = request.prompt_token_ids + request.output_token_ids
     expected = log_softmax(model, sequence)[:-1]
     assert request.output_logprobs is not None
-    whole = [place for place in (*places[1:], *request.output_logprobs) if place is not None]
+    whole = [place for place in (*places[1:], *request.output_logprobs.places()) if place is not None]
     check_places(whole, expected, sequence[1:], num_top)
 
 

@@ -1,13 +1,17 @@
 """The decoder over quantised caches: every size gives the logits of one shard, near those of the full cache."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
-from decoder_ranks import trace
+from decoder_ranks import reference, trace, trace_model
+from family_models import CASES, make_family_model
 from models_factory import make_model
 from ranks import run_ranks
 from tolerances import assert_within
+
+from kvshard.parallel.group import Group
 
 PROMPTS = [[5, 17, 99, 3, 42, 8, 77], [61, 2, 30], [9, 9, 54, 12, 80, 33, 21, 4, 6, 11, 71, 25, 90]]
 CUT = 2  # prompts are run in two steps, so that the second reads the cache of the first
@@ -31,3 +35,19 @@ def test_sizes_agree_and_errors_are_small(cache_dtype: str, tmp_path: Path) -> N
     for size in (2, 3, 6):
         for logits in logits_of(tmp_path, size, cache_dtype):
             assert_within(logits, one, "logits of a quantised cache")
+
+
+@functools.cache
+def full_logits(case: str) -> torch.Tensor:
+    """[prompts, vocab] by transformers in float64."""
+    return reference(make_family_model(case), PROMPTS)[1]
+
+
+@pytest.mark.parametrize("cache_dtype", ERRORS)
+@pytest.mark.parametrize("case", CASES)
+def test_errors_are_small_in_every_family(case: str, cache_dtype: str, tmp_path: Path) -> None:
+    make_family_model(case).save_pretrained(tmp_path)
+    _, logits = trace_model(Group.single(torch.device("cpu")), tmp_path, PROMPTS, CUT, cache_dtype)
+    full = full_logits(case)
+    error = (torch.from_numpy(logits) - full).square().mean().sqrt() / full.std()
+    assert ERRORS[cache_dtype] / 8 < error < ERRORS[cache_dtype], error

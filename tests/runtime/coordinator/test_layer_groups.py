@@ -29,6 +29,9 @@ def test_a_row_holds_what_its_next_query_sees(
         run.step()
         if row.block_tables:
             most = [max(pair) for pair in zip(most, _held(run, row), strict=True)]
+        if row.output_token_ids and row.block_tables:  # nothing of the last chunk that the window has passed
+            for window, held in zip(windows, _held(run, row), strict=True):
+                assert window is None or held <= -(-window // 4) + 1
     run.assert_as_expected(row)
     for window, held in zip(windows, most, strict=True):
         if window is None:
@@ -36,6 +39,18 @@ def test_a_row_holds_what_its_next_query_sees(
         else:
             assert held <= -(-window // 4) + 1 + -(-(chunk - 1) // 4)
             assert held >= -(-window // 4)
+
+
+def test_a_prompt_that_is_read_makes_room_for_the_next(fake: ModuleType) -> None:
+    """A chunk is many times the window: 8 rows of 250 tokens take a step each, then 8 for their answers."""
+    sizes = {"max_model_len": 300, "num_blocks": 2000, "max_num_batched_tokens": 256}
+    run = fake.Run(fake.make_limits(windows=(None, 16), prefix_caching=False, **sizes))
+    rows = [fake.make_request(f"{i}", 250, max_tokens=9) for i in range(8)]
+    run.add(*rows)
+    run.to_the_end()
+    run.assert_as_expected(*rows)
+    assert run.coordinator.stats.num_steps <= 8 + 8 + 2
+    assert run.coordinator.stats.num_preemptions == 0
 
 
 def test_blocks_outside_a_window_serve_other_rows(fake: ModuleType) -> None:
@@ -135,14 +150,15 @@ def test_sizes_of_the_groups(fake: ModuleType) -> None:
     assert fake.make_limits(windows=(None, 10**6), num_blocks=900).group_blocks == (900, 8 * 50 + 1)
 
 
+@pytest.mark.parametrize("budget", [8, 64])
 @pytest.mark.parametrize(
     ("windows", "num_blocks", "longest"),
     [((None, 6), 21, 80), ((6,), 4, 200), ((6,), 3, 8), ((9, 6), 5, 200), ((9, 6), 4, 12), ((500,), 21, 80)],
 )
 def test_the_longest_request_runs_and_a_longer_one_is_refused(
-    fake: ModuleType, windows: tuple[int | None, ...], num_blocks: int, longest: int
+    fake: ModuleType, windows: tuple[int | None, ...], num_blocks: int, longest: int, budget: int
 ) -> None:
-    run = fake.Run(fake.make_limits(windows=windows, num_blocks=num_blocks, max_num_batched_tokens=8))
+    run = fake.Run(fake.make_limits(windows=windows, num_blocks=num_blocks, max_num_batched_tokens=budget))
     assert run.limits.longest_request == longest
     row = fake.make_request("fits", longest - 6, max_tokens=6 if longest == 200 else 7)
     run.add(row)

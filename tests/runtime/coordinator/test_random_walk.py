@@ -17,6 +17,9 @@ def _limits(fake: ModuleType, chance: random.Random) -> Any:
     max_model_len = chance.choice([30, 48])
     block_size = chance.choice([1, 3, 4, 16])
     num_longest = -(-max_model_len // block_size)
+    windows = chance.choice([(None,), (None,), (None, 6), (None, 17, 4), (5,), (9, 3)])
+    if None not in windows:  # as few as any row needs
+        num_longest = min(num_longest, -(-max(windows) // block_size) + 1)
     return fake.make_limits(
         block_size=block_size,
         num_blocks=1 + num_longest + chance.choice([0, 2, num_longest]),
@@ -26,7 +29,7 @@ def _limits(fake: ModuleType, chance: random.Random) -> Any:
         run_ahead=chance.choice([0, 1, 2, 3]),
         cache_enabled=chance.random() < 0.8,
         prefix_caching=chance.random() < 0.9,
-        windows=chance.choice([(None,), (None,), (None, 6), (None, 17, 4), (5,), (9, 3)]),
+        windows=windows,
     )
 
 

@@ -161,7 +161,7 @@ def test_preemption_keeps_the_tokens_in_flight(fake: ModuleType, run_ahead: int)
     for row in rows:
         known = row.prompt_token_ids + row.output_token_ids
         expected = [fake.next_token(known[:n], row.seed)[1] for n in range(12, len(known))]
-        assert [place[0].logprob for place in row.output_logprobs] == pytest.approx(expected)
+        assert [place[0].logprob for place in row.output_logprobs.places()] == pytest.approx(expected)
 
 
 def test_a_preempted_row_may_end_by_a_token_in_flight(fake: ModuleType) -> None:
