@@ -13,7 +13,8 @@ from typing import Any
 from alone import AMPLE_BLOCKS, Row
 from family_models import CASES
 
-# A seed takes these in turn; their numbers have no common factor, so that every pair is met within their product.
+# A seed takes these in turn, and an ample cache every third time; the numbers have no common factor, so that every pair is
+# met within their product.
 FAMILIES = tuple(
     CASES
 )  # 6 query heads, 1 or 2 KV heads: uneven over 4 and 5, more shards than KV heads from 2 or 3
@@ -107,7 +108,7 @@ def draw_case(seed: int) -> Case:
         cache={
             "dtype": CACHE_DTYPES[seed % len(CACHE_DTYPES)],
             "block_size": block_size,
-            "num_blocks": rng.choice((AMPLE_BLOCKS, fewest_blocks + rng.randint(0, 3))),
+            "num_blocks": fewest_blocks + rng.randint(0, 3) if seed % 3 else AMPLE_BLOCKS,
             "prefix_caching": rng.random() < 0.7,
         },
         scheduler={
