@@ -1,4 +1,4 @@
-"""What rows come to on the shards of coordinator/fake_executor.py, by definition: without slots, blocks or a cache."""
+"""What rows come to on the shards of fake_shards.py, by definition: without slots, blocks or a cache."""
 
 import zlib
 from collections.abc import Iterable

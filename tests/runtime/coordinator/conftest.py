@@ -24,5 +24,5 @@ _FAKE = _load()
 
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
-    """The module fake_executor: FakeShards, expected, make_limits, make_request, Run."""
+    """The module fake_executor: expected, make_limits, make_request, Run."""
     return _FAKE
