@@ -1,5 +1,6 @@
 """A job in processes of its own, to be watched, stopped and killed from outside."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from jobs import command, environment, read_output, write_job
 from models_factory import make_llama, save_word_tokenizer
 
 T = TypeVar("T")
-NUM_ROWS = 72
+NUM_ROWS = 40
 MAX_TOKENS = 30
+NUM_SHORT = 12  # rows of a long job that end at once
+LONGER = 100  # tokens that each of the others has more than the one before
 START_S = 180  # until something that must happen has happened, on a busy machine
 GONE_S = 10.0  # until nothing of a killed job is left
 POLL_S = 0.02
@@ -23,35 +26,61 @@ POLL_S = 0.02
 
 def make_tiny_model(path: Path, **overrides: Any) -> Path:
     """A random Llama of 6 query heads with a tokenizer of words."""
-    make_llama(path, **overrides)
+    make_llama(path, **{"max_position_embeddings": 4096} | overrides)
     save_word_tokenizer(path)
     return path
 
 
 def write_long_job(folder: Path, model: Path, launcher: str, size: int, **settings: Any) -> Path:
-    """NUM_ROWS rows, four at a time, so that results come one after another for some seconds."""
+    """NUM_ROWS rows, four at a time: NUM_SHORT short ones, then results one after another for some 20 s, far longer
+    than a test takes to disturb the job."""
     config: dict[str, Any] = {
         "model": str(model),
         "launcher": launcher,
         "tensor_parallel_size": size,
         "device": "cpu",
         "threads_per_shard": 1,
-        "cache": {"num_blocks": 64},
+        "cache": {"num_blocks": 1024},
         "scheduler": {"max_num_seqs": 4},
         "sampling": {"max_tokens": MAX_TOKENS, "ignore_eos": True, "temperature": 0.0},
     }
-    rows = [{"id": f"row{i}", "prompt": f"w{3 + i} w5 w6"} for i in range(NUM_ROWS)]
+    rows = [row | {"max_tokens": _long(number)} for number, row in enumerate(_rows())]
     return write_job(folder, config | settings, rows)
+
+
+def _rows() -> list[dict[str, Any]]:
+    return [{"id": f"row{i}", "prompt": f"w{3 + i} w5 w6"} for i in range(NUM_ROWS)]
+
+
+def _long(number: int) -> int:
+    """Tokens of row `number` in a long job."""
+    return MAX_TOKENS + LONGER * max(number - NUM_SHORT + 1, 0)
+
+
+def shorten(job: Path) -> None:
+    """The rows that have not run yet become short ones."""
+    (job.parent / "input.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows()))
+
+
+def complete(job: Path, launcher: str, size: int, temp: Path) -> str:
+    """Run the job's remaining rows by the same command; returns what it printed."""
+    shorten(job)
+    with RunningJob(job, launcher, size, temp) as run:
+        assert run.wait() == 0, run.log()
+        run.assert_nothing_left()
+    assert_complete(job.parent)
+    return run.log()
 
 
 def assert_complete(folder: Path) -> None:
     """Every row is in the output once, with all its tokens."""
     rows = read_output(folder / "output.jsonl")
     assert sorted(rows) == sorted(f"row{i}" for i in range(NUM_ROWS))
-    for row_id, line in rows.items():
+    for number in range(NUM_ROWS):
+        line = rows[f"row{number}"]
         assert line["error"] is None, line
         count = line["response"]["body"]["usage"]["completion_tokens"]
-        assert count == MAX_TOKENS, f"{row_id} has {count} tokens"
+        assert count in (MAX_TOKENS, _long(number)), f"row{number} has {count} tokens"
 
 
 class RunningJob:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from running_job import RunningJob, assert_complete, write_long_job
+from running_job import RunningJob, complete, write_long_job
 
 LAUNCHERS = [
     "local",
@@ -11,13 +11,6 @@ LAUNCHERS = [
     pytest.param("torchrun", marks=pytest.mark.slow),
 ]
 SIZE = 3
-
-
-def complete(job: Path, launcher: str, temp: Path) -> None:
-    with RunningJob(job, launcher, SIZE, temp) as run:
-        assert run.wait() == 0, run.log()
-        run.assert_nothing_left()
-    assert_complete(job.parent)
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -30,7 +23,7 @@ def test_killed_in_the_middle_of_decoding(
         run.kill()
         run.assert_nothing_left()
         before = run.num_lines()
-    complete(job, launcher, temp)
+    complete(job, launcher, SIZE, temp)
     assert before >= 8
 
 
@@ -44,7 +37,7 @@ def test_killed_while_the_shards_import_and_load(
         run.wait_for_shards()
         run.kill()
         run.assert_nothing_left()
-    complete(job, launcher, temp)
+    complete(job, launcher, SIZE, temp)
 
 
 @pytest.mark.slow
@@ -68,4 +61,4 @@ def test_killed_between_creating_and_attaching_the_segment(
         assert run.num_lines() == 0
         run.kill()
         run.assert_nothing_left(segment)
-    complete(job, launcher, temp)
+    complete(job, launcher, SIZE, temp)

@@ -4,16 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from running_job import RunningJob, assert_complete, write_long_job
+from running_job import RunningJob, complete, write_long_job
 
 SIZE = 3
 TOLD_S = 20.0  # until a death is reported; some seconds when the machine is not busy
-
-
-def complete(job: Path, launcher: str, temp: Path) -> None:
-    with RunningJob(job, launcher, SIZE, temp) as run:
-        assert run.wait() == 0, run.log()
-    assert_complete(job.parent)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +40,7 @@ def test_a_killed_shard_is_named(
         assert re.search(rf"shard {victim} (on|was lost)", log)
     assert "Traceback" not in log
     assert "the same command" in log.lower()
-    complete(job, launcher, temp)
+    complete(job, launcher, SIZE, temp)
 
 
 @pytest.mark.slow
@@ -61,7 +55,7 @@ def test_a_killed_coordinator_of_torchrun_ends_its_workers(
         assert run.wait(TOLD_S) == 2, run.log()
         run.assert_nothing_left()
         assert "the same command" in run.log().lower()
-    complete(job, "torchrun", temp)
+    complete(job, "torchrun", SIZE, temp)
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ import yaml
 
 FAKES = Path(__file__).parents[1] / "runtime" / "batch" / "fakes.py"
 NUM_ROWS = 120
+MAX_NUM_SEQS = 4
+MAX_TOKENS = 8
+ALL_QUICK = 1_000_000  # steps
 DEADLINE_S = 60.0
 
 
@@ -25,8 +28,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     settings = {
         "model": "some/model",
-        "scheduler": {"max_num_seqs": 4},
-        "sampling": {"max_tokens": 8, "temperature": 0},
+        "scheduler": {"max_num_seqs": MAX_NUM_SEQS},
+        "sampling": {"max_tokens": MAX_TOKENS, "temperature": 0},
         "input": {"path": "rows.jsonl"},
         "output": {"path": "out.jsonl"},
     }
@@ -34,8 +37,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, step_s: float) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(FAKES), str(step_s), "run", str(folder / "job.yaml")]
+def start(folder: Path, num_quick_rows: int | None = None) -> "subprocess.Popen[str]":
+    """The job; after so many rows, about, its steps are slow."""
+    steps = ALL_QUICK if num_quick_rows is None else (num_quick_rows // MAX_NUM_SEQS + 1) * MAX_TOKENS
+    command = [sys.executable, str(FAKES), str(steps), "run", str(folder / "job.yaml")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -66,7 +71,7 @@ def check_each_id_once(folder: Path) -> None:
 def test_killed_again_and_again(folder: Path) -> None:
     rng = random.Random(7)
     for target in (0, 1, 30, 80):  # lines; 0: the file is there
-        process = start(folder, step_s=0.003)
+        process = start(folder, target - max(num_lines(folder), 0))
         wait_until(lambda target=target: num_lines(folder) >= target, process)
         process.kill()
         process.communicate(timeout=DEADLINE_S)
@@ -76,13 +81,13 @@ def test_killed_again_and_again(folder: Path) -> None:
         line = b'{"id":"batch_req_0123456789abcdef01234567","custom_id":"r119","response":null}'
         with open(folder / "out.jsonl", "ab") as stream:
             stream.write(line[: rng.randrange(len(line))])
-    process = start(folder, step_s=0.0)
+    process = start(folder)
     stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == (0 if "0 failed" in stdout else 1), stderr
     assert "done before" in stdout
     check_each_id_once(folder)
 
-    process = start(folder, step_s=0.0)
+    process = start(folder)
     stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, stderr
     assert f"All {NUM_ROWS} rows are done already" in stdout
@@ -90,7 +95,7 @@ def test_killed_again_and_again(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_130_and_a_whole_file(folder: Path, number: signal.Signals) -> None:
-    process = start(folder, step_s=0.003)
+    process = start(folder, 9)
     wait_until(lambda: num_lines(folder) >= 9, process)
     os.kill(process.pid, number)
     stdout, stderr = process.communicate(timeout=DEADLINE_S)
@@ -103,7 +108,7 @@ def test_a_signal_ends_it_with_130_and_a_whole_file(folder: Path, number: signal
     num_done = num_lines(folder)
     assert 9 <= num_done < NUM_ROWS
 
-    process = start(folder, step_s=0.0)
+    process = start(folder)
     stdout, _ = process.communicate(timeout=DEADLINE_S)
     assert f"{num_done} done before" in stdout
     assert (folder / "out.jsonl").read_bytes().startswith(content)
@@ -111,7 +116,7 @@ def test_a_signal_ends_it_with_130_and_a_whole_file(folder: Path, number: signal
 
 
 def test_no_control_characters_without_a_terminal(folder: Path) -> None:
-    process = start(folder, step_s=0.0)
+    process = start(folder)
     stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1  # the broken line
     for text in (stdout, stderr):

@@ -1,7 +1,8 @@
 """An engine without a model: the real coordinator over an executor that says A, B, C, ...
 
 Run as a program it is the `kvshard` command with this engine in the real one's place:
-python fakes.py STEP_S run JOB.yaml
+python fakes.py QUICK_STEPS run JOB.yaml
+After QUICK_STEPS steps it is slow, so that a test can count on the job's still being there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kvshard.runtime.models.spec import LayerGroup
 from kvshard.runtime.sampling_params import SamplingParams
 
 NUM_BLOCKS = 1000
+SLOW_STEP_S = 0.2
 
 
 class FakeTokenizer:
@@ -41,8 +43,8 @@ class FakeExecutor:
     """The n-th token that a slot samples is the n-th letter from A, or from B for sample 1; its log probability is -n, and x
     and y are likelier."""
 
-    def __init__(self, step_s: float = 0.0) -> None:
-        self.step_s = step_s
+    def __init__(self, num_quick: int | None = None) -> None:
+        self.num_quick = num_quick  # steps until they take SLOW_STEP_S; None: never
         self.lost_at_step: int | None = None
         self.on_step: Callable[[], None] = lambda: None
         self.num_results = 0
@@ -56,7 +58,8 @@ class FakeExecutor:
         self._plans.append(plan)
 
     def result(self) -> StepResult:
-        time.sleep(self.step_s)
+        if self.num_quick is not None and self.num_results >= self.num_quick:
+            time.sleep(SLOW_STEP_S)
         self.num_results += 1
         if self.num_results == self.lost_at_step:
             raise ShardError(1, "node-b", self.num_results, "killed by signal 9")
@@ -100,13 +103,13 @@ class FakeEngine:
     """What the batch job and the Python API need of an engine."""
 
     started: ClassVar[list[FakeEngine]] = []
-    step_s: ClassVar[float] = 0.0
+    num_quick: ClassVar[int | None] = None
     prepare: ClassVar[Callable[[FakeEngine], None]] = staticmethod(lambda engine: None)
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
         self.tokenizer = FakeTokenizer()
-        self.executor = FakeExecutor(self.step_s)
+        self.executor = FakeExecutor(self.num_quick)
         self.shards = [
             ShardInfo(0, "node-a", 1, "cpu", 6, 2, 2**27, NUM_BLOCKS * 2**20, NUM_BLOCKS, "shared_memory", 1),
             ShardInfo(1, "node-b", 2, "cpu", 3, 1, 2**26, NUM_BLOCKS * 2**19, NUM_BLOCKS, "shared_memory", 1),
@@ -160,14 +163,14 @@ def fake_engine_module() -> ModuleType:
     module = ModuleType("kvshard.launch.engine")
     module.Engine = FakeEngine  # type: ignore[attr-defined]
     FakeEngine.started = []
-    FakeEngine.step_s = 0.0
+    FakeEngine.num_quick = None
     FakeEngine.prepare = staticmethod(lambda engine: None)
     return module
 
 
 if __name__ == "__main__":
     sys.modules["kvshard.launch.engine"] = fake_engine_module()
-    FakeEngine.step_s = float(sys.argv.pop(1))
+    FakeEngine.num_quick = int(sys.argv.pop(1))
     from kvshard.launch.cli import main
 
     main()
