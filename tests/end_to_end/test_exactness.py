@@ -42,7 +42,8 @@ def _join_cluster(setting: Setting, request: pytest.FixtureRequest, monkeypatch:
 def test_tokens_equal_transformers(
     setting: Setting, short_reference: list[ReferenceRow], tmp_path: Path
 ) -> None:
-    _check(setting, short_reference, max_tokens=24, folder=tmp_path)
+    # Without a cache the work grows with the square of the length.
+    _check(setting, short_reference, max_tokens=24 if setting.cache else 12, folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -64,7 +65,7 @@ def _check(setting: Setting, reference: list[ReferenceRow], max_tokens: int, fol
         teacher_forced: dict[str, list[int]] = {}
         for key in prompts:
             row, start = reference[int(key)], offsets[key]
-            expected, got = row.token_ids[start:], run.token_ids(key)
+            expected, got = row.token_ids[start:max_tokens], run.token_ids(key)
             if got == expected:
                 continue
             place = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
@@ -75,7 +76,7 @@ def _check(setting: Setting, reference: list[ReferenceRow], max_tokens: int, fol
             )
             excused.add(key)
             offsets[key] = start + place + 1
-            if offsets[key] < len(row.token_ids):
+            if offsets[key] < min(len(row.token_ids), max_tokens):
                 teacher_forced[key] = row.prompt_token_ids + row.token_ids[: offsets[key]]
         prompts = teacher_forced
         if prompts:
