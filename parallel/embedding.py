@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.linear_ops import LinearWeight, embedding, linear
 from .group import Group
 
 
@@ -21,8 +21,8 @@ class VocabParallelEmbedding:
     | y         | [R, hidden]            | the same on all ranks, dtype of the weight |
     """
 
-    def __init__(self, weight: Tensor, vocab_rows: range, group: Group) -> None:
-        assert weight.dim() == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
+    def __init__(self, weight: LinearWeight, vocab_rows: range, group: Group) -> None:
+        assert len(weight.shape) == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
         assert vocab_rows.step == 1, "vocab_rows must be contiguous"
         assert len(vocab_rows) == weight.shape[0], f"{len(vocab_rows)} rows, weight {tuple(weight.shape)}"
         self.weight = weight
@@ -35,12 +35,12 @@ class VocabParallelEmbedding:
     def _lookup_local(self, token_ids: Tensor) -> Tensor:
         num_rows, hidden_size = self.weight.shape
         if num_rows == 0:
-            return self.weight.new_zeros(*token_ids.shape, hidden_size)
+            return self.weight.values.new_zeros(*token_ids.shape, hidden_size)
         if self.group.world_size == 1:
-            return F.embedding(token_ids, self.weight)
+            return embedding(token_ids, self.weight)
         local = token_ids - self.vocab_rows.start
         elsewhere = (local < 0) | (local >= num_rows)
-        y = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        y = embedding(local.masked_fill_(elsewhere, 0), self.weight)
         return y.masked_fill_(elsewhere.unsqueeze(-1), 0)
 
 
@@ -54,9 +54,9 @@ class LMHead:
     | logits_local | [R, vocab_local]       | split over columns, always float32              |
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        assert weight.dim() == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
+    def __init__(self, weight: LinearWeight) -> None:
+        assert len(weight.shape) == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight).to(torch.float32)
+        return linear(x, self.weight, dtype=torch.float32)

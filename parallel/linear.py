@@ -8,9 +8,9 @@ needs no communication, the row-parallel layer behind it needs one sum.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.linear_ops import LinearWeight, linear
 from .group import Group
 
 
@@ -27,17 +27,17 @@ class ColumnParallelLinear:
     | y_local   | [R, out_local]    | split over columns, dtype of x    |
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        assert weight.dim() == 2, f"weight must be [out_local, in], got {tuple(weight.shape)}"
+    def __init__(self, weight: LinearWeight, bias: Tensor | None = None) -> None:
+        assert len(weight.shape) == 2, f"weight must be [out_local, in], got {tuple(weight.shape)}"
         assert bias is None or bias.shape == weight.shape[:1], "bias must be [out_local]"
         self.weight = weight
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-def row_parallel_linear(x_local: Tensor, weight: Tensor, group: Group, where: str) -> Tensor:
+def row_parallel_linear(x_local: Tensor, weight: LinearWeight, group: Group, where: str) -> Tensor:
     """The product of one rank's slice and its sum over the ranks, as one operation.
 
     Nothing else may compute a row-parallel product: how its terms are ordered is decided here alone.
@@ -45,7 +45,7 @@ def row_parallel_linear(x_local: Tensor, weight: Tensor, group: Group, where: st
     x_local: [R, in_local], weight: [out, in_local], both of one dtype; in_local may be 0 (then this rank adds zeros).
     Returns [R, out], the same bits on all ranks. Raises GroupError if the sum does not come about.
     """
-    return group.all_reduce(F.linear(x_local, weight), where)
+    return group.all_reduce(linear(x_local, weight), where)
 
 
 class RowParallelLinear:
@@ -63,8 +63,8 @@ class RowParallelLinear:
     The bias is added once, after the sum. `where` names the layer and op in error reports, e.g. "layer 3 o_proj".
     """
 
-    def __init__(self, weight: Tensor, group: Group, where: str, bias: Tensor | None = None) -> None:
-        assert weight.dim() == 2, f"weight must be [out, in_local], got {tuple(weight.shape)}"
+    def __init__(self, weight: LinearWeight, group: Group, where: str, bias: Tensor | None = None) -> None:
+        assert len(weight.shape) == 2, f"weight must be [out, in_local], got {tuple(weight.shape)}"
         assert bias is None or bias.shape == weight.shape[:1], "bias must be [out]"
         self.weight = weight
         self.bias = bias

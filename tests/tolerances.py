@@ -49,6 +49,14 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("attention", torch.float32): Tolerance(
         3e-6, 3e-6, "float32 dot products over head_dim and a few hundred positions, values around 1"
     ),
+    ("product", torch.float32): Tolerance(
+        2e-4, 1e-6, "float32 sums of up to 600 products of numbers around 1, in any order"
+    ),
+    ("product", torch.bfloat16): Tolerance(
+        2e-4,
+        2**-7,
+        "as in float32, then one rounding to bfloat16, of a sum that may lie on the other side of a tie",
+    ),
     ("hidden", torch.float32): Tolerance(
         1e-4, 1e-5, "two layers of float32 products over up to 480 terms, values up to 20, against float64"
     ),

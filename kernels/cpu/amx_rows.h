@@ -2,27 +2,15 @@
 
 #pragma once
 #include "cache_rows.h"
+#include "matrix_unit.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512FP16__) && defined(__linux__)
-#define HAVE_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#ifdef HAVE_AMX
 // Codes of 8 bits become bfloat16 numbers 2^-112 times as large: that is where the bits of a float16 land when its
 // fraction is cut to 7 bits. Queries and value scales are made 2^64 times as large, key scales and outputs 2^48 times,
 // which restores both products; powers of two cost no precision.
 static const float GAIN_IN = 0x1p64f, GAIN_OUT = 0x1p48f;
 
 static inline int has_gain(int64_t format) { return format == INT8 || format == FP8; }
-
-// Linux grants the tile registers to processes that ask for them (Documentation/arch/x86/xstate.rst in its sources). The
-// answer holds for the life of the process, so it is asked for once and not in every layer.
-static int tiles_granted(void) {
-    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18, UNKNOWN = -1 };
-    static int granted = UNKNOWN;
-    if (granted == UNKNOWN) granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-    return granted;
-}
 
 static inline int takes_tiles(const struct attention *a) {
     return a->q_format == BFLOAT16 && a->cache_format != FLOAT32 && a->cache_format != FLOAT16 && tiles_granted();

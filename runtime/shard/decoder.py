@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops
+from ...kernels.linear_ops import LinearWeight
 from ...parallel.embedding import LMHead, VocabParallelEmbedding
 from ...parallel.group import Group
 from ...parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -52,6 +53,9 @@ class Decoder:
     def __init__(
         self, spec: ModelSpec, shard: Shard, weights: dict[str, Tensor], group: Group, max_positions: int
     ) -> None:
+        """Takes `weights` over: matrices may be packed in place, see `LinearWeight.take`."""
+        head = LinearWeight.take(weights["lm_head"])
+        tied = weights["embed"] is weights["lm_head"]
         self._eps = spec.rms_norm_eps
         self._head_dim = spec.head_dim
         self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
@@ -59,14 +63,16 @@ class Decoder:
         self._logit_soft_cap = spec.logit_soft_cap
         self._activation = ACTIVATIONS[spec.activation]
         self._heads = ops.HeadLayout(shard.q_per_kv)
-        self._embed = VocabParallelEmbedding(weights["embed"], shard.vocab_rows, group)
+        self._embed = VocabParallelEmbedding(
+            head if tied else LinearWeight(weights["embed"]), shard.vocab_rows, group
+        )
         self._final_norm = weights["final_norm"]
         self._embedding_scale = (
             None
             if spec.embedding_scale is None
             else torch.tensor(spec.embedding_scale, dtype=self._final_norm.dtype).item()
         )
-        self._lm_head = LMHead(weights["lm_head"])
+        self._lm_head = LMHead(head)
         tables = {
             rotary: rotary_table(rotary, max_positions, self._final_norm.device) for rotary in spec.rotaries
         }
@@ -160,17 +166,21 @@ def _layer(
 ) -> DecoderLayer:
     name = f"layers.{index}."
     wide = spec.qk_norm == "width"
+
+    def matrix(part: str) -> LinearWeight:
+        return LinearWeight.take(weights[name + part])
+
     return DecoderLayer(
         attention_norm=weights.get(name + "attention_norm"),
-        qkv=ColumnParallelLinear(weights[name + "qkv"], weights.get(name + "qkv_bias")),
+        qkv=ColumnParallelLinear(matrix("qkv"), weights.get(name + "qkv_bias")),
         q_norm=None if wide else weights.get(name + "q_norm"),
         k_norm=None if wide else weights.get(name + "k_norm"),
         qk_width_norm=_qk_width_norm(spec, shard, weights, group, index) if wide else None,
-        o=RowParallelLinear(weights[name + "o"], group, f"layer {index} o_proj"),
+        o=RowParallelLinear(matrix("o"), group, f"layer {index} o_proj"),
         attention_out_norm=weights.get(name + "attention_out_norm"),
         mlp_norm=weights.get(name + "mlp_norm"),
-        gate_up=ColumnParallelLinear(weights[name + "gate_up"]),
-        down=RowParallelLinear(weights[name + "down"], group, f"layer {index} down_proj"),
+        gate_up=ColumnParallelLinear(matrix("gate_up")),
+        down=RowParallelLinear(matrix("down"), group, f"layer {index} down_proj"),
         mlp_out_norm=weights.get(name + "mlp_out_norm"),
         window=spec.layer_windows[index],
         group=spec.layer_group(index),

@@ -9,6 +9,7 @@ from tolerances import assert_within
 from torch import Tensor
 from torch.distributed import Store
 
+from kvshard.kernels.linear_ops import LinearWeight
 from kvshard.parallel.embedding import LMHead, VocabParallelEmbedding
 from kvshard.parallel.group import Group
 from kvshard.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -49,8 +50,8 @@ def check_layers(group: Group) -> list[Tensor]:
     columns = slice(columns_at[group.rank], columns_at[group.rank + 1])
     rows = range(rows_at[group.rank], rows_at[group.rank + 1])
 
-    up = ColumnParallelLinear(w["up"][columns], w["up_bias"][columns])
-    down = RowParallelLinear(w["down"][:, columns], group, "layer 0 down_proj", w["down_bias"])
+    up = ColumnParallelLinear(LinearWeight(w["up"][columns]), w["up_bias"][columns])
+    down = RowParallelLinear(LinearWeight(w["down"][:, columns]), group, "layer 0 down_proj", w["down_bias"])
     middle = up(w["x"])
     assert middle.shape == (ROWS, columns.stop - columns.start)
     torch.testing.assert_close(
@@ -72,18 +73,18 @@ def check_layers(group: Group) -> list[Tensor]:
         whole_norm = F.rms_norm(x, x.shape[1:], weight, 1e-3)
         assert_within(got, whole_norm[:, part].float(), "norm")
 
-    embedding = VocabParallelEmbedding(w["table"][rows.start : rows.stop], rows, group)
+    embedding = VocabParallelEmbedding(LinearWeight(w["table"][rows.start : rows.stop]), rows, group)
     for token_ids in (w["token_ids"], w["token_ids"].int()):
         kept = token_ids.clone()
         assert torch.equal(embedding(token_ids), w["table"][token_ids.long()])
         assert torch.equal(token_ids, kept)
-    half = VocabParallelEmbedding(w["table"][rows.start : rows.stop].bfloat16(), rows, group)
+    half = VocabParallelEmbedding(LinearWeight(w["table"][rows.start : rows.stop].bfloat16()), rows, group)
     assert torch.equal(half(w["token_ids"]), w["table"].bfloat16()[w["token_ids"]])
 
-    logits_local = LMHead(w["table"][rows.start : rows.stop].bfloat16())(w["x"].bfloat16())
+    logits_local = LMHead(LinearWeight(w["table"][rows.start : rows.stop].bfloat16()))(w["x"].bfloat16())
     assert logits_local.dtype == torch.float32
     assert logits_local.shape == (ROWS, len(rows))
-    return [LMHead(w["table"][rows.start : rows.stop])(w["x"])]
+    return [LMHead(LinearWeight(w["table"][rows.start : rows.stop]))(w["x"])]
 
 
 def on_rank(store: Store, rank: int, world_size: int) -> list[list[float]]:
@@ -107,4 +108,4 @@ def test_sharded_layers_equal_the_whole(world_size: int) -> None:
 
 def test_shares_must_fit_the_weight() -> None:
     with pytest.raises(AssertionError, match="10 rows"):
-        VocabParallelEmbedding(torch.ones(9, 4), range(10), Group.single("cpu"))
+        VocabParallelEmbedding(LinearWeight(torch.ones(9, 4)), range(10), Group.single("cpu"))

@@ -1,0 +1,216 @@
+// Products with a weight matrix on the matrix unit: x W^T + bias, bfloat16 in, float32 sums. Formulas: kernels/linear_ops.py.
+//
+// W, [N, K], is packed where it lies, so that it needs no second place: each 32 of its rows become, for each 32 channels,
+// two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h). A step of few tokens then
+// reads W once, in order, which is all the memory can give. Rows past the last whole 32 stay as they are, and are packed
+// again in every call. Threads share out the rows of W. Every sum takes the channels in their order, 32 at a time, so a
+// token's outputs have the same bits alone and in any batch, and with any number of threads.
+
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "matrix_unit.h"
+
+#ifdef HAVE_AMX
+enum {
+    SIDE = 16,              // rows of a tile
+    CHUNK = 2 * SIDE,       // rows of W, tokens, or channels of a product of four tiles
+    AHEAD = 4,              // products from the one whose weights are being fetched to the one at work
+    KEPT_BYTES = 512 << 10  // weights that all tokens meet before the next are read: they stay in the second cache
+};
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows become columns: 16 registers of 16 32-bit numbers.
+static inline void turn(__m512i *x) {
+    __m512i y[SIDE];
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+        x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+        x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+        x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {  // 0x88 and 0xdd: the even and the odd quarters of two registers
+        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+        x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+        x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+    }
+}
+
+// `rows` rows of W, up to 32, as tiles: out[K / 32][2][16 pairs][16 rows][2]. Rows that are missing are zeros.
+static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out) {
+    for (int64_t c = 0; c < k; c += CHUNK)
+        for (int half = 0; half < 2; half++, out += SIDE * CHUNK) {
+            __m512i x[SIDE];
+            for (int i = 0; i < SIDE; i++) {
+                int64_t row = half * SIDE + i;
+                x[i] = row < rows ? _mm512_loadu_si512(w + row * k + c) : _mm512_setzero_si512();
+            }
+            turn(x);
+            for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(out + i * CHUNK, x[i]);
+        }
+}
+
+// Tiles 0 to 3: sums of 16 tokens and 16 rows of W; 4 and 5: tokens; 6 and 7: rows of W.
+static void shape_tiles(int64_t tokens) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shapes = {.palette = 1};
+    int64_t first = min64(tokens, SIDE), second = tokens > SIDE ? tokens - SIDE : 1;
+    int64_t rows[8] = {first, first, second, second, first, second, SIDE, SIDE};
+    for (int i = 0; i < 8; i++) {
+        shapes.row_bytes[i] = 64;
+        shapes.rows[i] = (uint8_t)rows[i];
+    }
+    _tile_loadconfig(&shapes);
+}
+
+// sums[token][row] of up to 32 tokens and one chunk of W.
+static void multiply(const uint16_t *x, int64_t stride, const uint16_t *w, int64_t tokens, int64_t k, float *sums) {
+    const uint16_t *second = x + SIDE * stride;
+    size_t bytes = (size_t)stride * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t c = 0; c < k; c += CHUNK, w += CHUNK * CHUNK) {
+        for (int i = 0; i < CHUNK * CHUNK; i += 32) _mm_prefetch((const char *)(w + AHEAD * CHUNK * CHUNK + i), _MM_HINT_T0);
+        _tile_loadd(6, w, 64);
+        _tile_loadd(4, x + c, bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + SIDE * CHUNK, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (tokens > SIDE) {
+            _tile_loadd(5, second + c, bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, CHUNK * 4);
+    _tile_stored(1, sums + SIDE, CHUNK * 4);
+    if (tokens > SIDE) {
+        _tile_stored(2, sums + SIDE * CHUNK, CHUNK * 4);
+        _tile_stored(3, sums + SIDE * CHUNK + SIDE, CHUNK * 4);
+    }
+}
+#endif
+
+struct linear {
+    const uint16_t *x, *w, *bias;  // bias may be null
+    void *out;                     // [num_tokens, n]
+    int64_t num_tokens, n, k, x_stride, to_float32, num_threads;
+};
+
+#ifdef HAVE_AMX
+static void write_sums(const struct linear *a, const float *sums, int64_t token, int64_t tokens, int64_t row) {
+    int64_t rows = min64(CHUNK, a->n - row);
+    __mmask32 inside = rows == CHUNK ? ~(__mmask32)0 : ((__mmask32)1 << rows) - 1;
+    __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    if (a->bias) {
+        __m512i stored = _mm512_maskz_loadu_epi16(inside, a->bias + row);
+        bias[0] = _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(stored));
+        bias[1] = _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(stored, 1));
+    }
+    for (int64_t t = 0; t < tokens; t++, sums += CHUNK) {
+        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(sums), bias[0]);
+        __m512 upper = _mm512_add_ps(_mm512_loadu_ps(sums + SIDE), bias[1]);
+        int64_t at = (token + t) * a->n + row;
+        if (a->to_float32) {
+            _mm512_mask_storeu_ps((float *)a->out + at, (__mmask16)inside, lower);
+            _mm512_mask_storeu_ps((float *)a->out + at + SIDE, (__mmask16)(inside >> SIDE), upper);
+        } else _mm512_mask_storeu_epi16((uint16_t *)a->out + at, inside, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
+    }
+}
+
+// Chunks first .. end - 1 of W with all tokens.
+static void multiply_chunks(const struct linear *a, const uint16_t *rest, int64_t first, int64_t end) {
+    _Alignas(64) float sums[CHUNK * CHUNK];
+    int64_t kept = KEPT_BYTES / (CHUNK * 2 * a->k) + 1, shaped = 0;
+    for (int64_t begin = first; begin < end; begin += kept)
+        for (int64_t token = 0; token < a->num_tokens; token += CHUNK) {
+            int64_t tokens = min64(CHUNK, a->num_tokens - token);
+            if (tokens != shaped) shape_tiles(tokens);
+            shaped = tokens;
+            for (int64_t chunk = begin; chunk < min64(begin + kept, end); chunk++) {
+                const uint16_t *w = (chunk + 1) * CHUNK <= a->n ? a->w + chunk * CHUNK * a->k : rest;
+                multiply(a->x + token * a->x_stride, a->x_stride, w, tokens, a->k, sums);
+                write_sums(a, sums, token, tokens, chunk * CHUNK);
+            }
+        }
+    _tile_release();
+}
+#endif
+
+// 1 where the others can run.
+int linear_available(void) {
+#ifdef HAVE_AMX
+    return tiles_granted();
+#else
+    return 0;
+#endif
+}
+
+// W [n, k] in place; k is a multiple of 32. Returns 1 for want of memory.
+int linear_pack(uint16_t *w, int64_t n, int64_t k) {
+#ifdef HAVE_AMX
+    uint16_t *packed = malloc((size_t)(CHUNK * k) * 2);
+    if (!packed) return 1;
+    for (int64_t row = 0; row + CHUNK <= n; row += CHUNK) {
+        pack_chunk(w + row * k, CHUNK, k, packed);
+        memcpy(w + row * k, packed, (size_t)(CHUNK * k) * 2);
+    }
+    free(packed);
+#endif
+    return 0;
+}
+
+// out[i] = row ids[i] of packed W.
+void linear_rows(const uint16_t *w, const int64_t *ids, uint16_t *out, int64_t num_ids, int64_t n, int64_t k) {
+#ifdef HAVE_AMX
+    for (int64_t i = 0; i < num_ids; i++, out += k) {
+        int64_t chunk = ids[i] / CHUNK, row = ids[i] % CHUNK;
+        if ((chunk + 1) * CHUNK > n) {
+            memcpy(out, w + ids[i] * k, (size_t)k * 2);
+            continue;
+        }
+        const uint16_t *pairs = w + chunk * CHUNK * k + row / SIDE * SIDE * CHUNK + row % SIDE * 2;
+        for (int64_t pair = 0; pair < k / 2; pair++)
+            memcpy(out + 2 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
+    }
+#endif
+}
+
+// Returns 1 for want of memory.
+int linear(const struct linear *a) {
+#ifdef HAVE_AMX
+    int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads;
+    uint16_t *rest = NULL;
+    if (whole < chunks) {
+        rest = malloc((size_t)(CHUNK * a->k) * 2);
+        if (!rest) return 1;
+        pack_chunk(a->w + whole * CHUNK * a->k, a->n - whole * CHUNK, a->k, rest);
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        multiply_chunks(a, rest, chunks * me / all, chunks * (me + 1) / all);
+    }
+    free(rest);
+#endif
+    return 0;
+}

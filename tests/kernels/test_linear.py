@@ -1,0 +1,136 @@
+"""Products with weights, plain and packed, against float64; the same bits in any company."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvshard.kernels.linear_ops import LinearWeight, embedding, linear
+
+from ..tolerances import assert_within
+
+TOKENS = (1, 5, 16, 17, 32, 33, 70)  # tiles are of 16 and 32
+ROWS = (7, 32, 83, 960)
+WIDTHS = (32, 96, 576)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def exact(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+    return x.double() @ w.double().T + bias.double()
+
+
+def assert_differs(got: Tensor, expected: Tensor) -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        assert_within(got, expected, "product")
+
+
+needs_matrix_unit = pytest.mark.skipif(
+    not LinearWeight.take(torch.zeros(32, 32, dtype=torch.bfloat16)).packed,
+    reason="no matrix unit: nothing is packed, and torch's products are not bitwise independent of the batch",
+)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "plain"])
+def test_products(taken: bool, num_rows: int, width: int) -> None:
+    w, bias = numbers(num_rows, width, seed=1), numbers(num_rows, seed=2)
+    weight = LinearWeight.take(w.clone()) if taken else LinearWeight(w)
+    for tokens in TOKENS:
+        x = numbers(tokens, width, seed=3)
+        expected = exact(x, w, bias)
+        assert_within(linear(x, weight, bias), expected.bfloat16(), "product")
+        assert_within(linear(x, weight), exact(x, w, torch.zeros(num_rows)).bfloat16(), "product")
+        if weight.packed:  # torch rounds to bfloat16 first
+            assert_within(linear(x, weight, bias, dtype=torch.float32), expected.float(), "product")
+
+
+def test_any_wrong_number_is_seen() -> None:
+    """One number of the weight, the bias or the input changed, at a border of tiles or in the last, partly filled one."""
+    w, bias, x = numbers(83, 96, seed=1), numbers(83, seed=2), numbers(33, 96, seed=3)
+    expected = exact(x, w, bias).bfloat16()
+    for row, column in ((0, 0), (31, 31), (32, 32), (64, 95), (82, 95)):
+        wrong = w.clone()
+        wrong[row, column] += 1
+        assert_differs(linear(x, LinearWeight.take(wrong), bias), expected)
+    for row in (15, 16, 63, 82):
+        wrong = bias.clone()
+        wrong[row] += 1
+        assert_differs(linear(x, LinearWeight.take(w.clone()), wrong), expected)
+    for token, column in ((15, 0), (16, 31), (32, 95)):
+        wrong = x.clone()
+        wrong[token, column] += 1
+        assert_differs(linear(wrong, LinearWeight.take(w.clone()), bias), expected)
+
+
+@needs_matrix_unit
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_token_has_the_same_bits_in_any_batch(num_threads: int) -> None:
+    weight, x = LinearWeight.take(numbers(83, 576, seed=1)), numbers(70, 576, seed=3)
+    whole = linear(x, weight, dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for begin, end in ((0, 1), (16, 17), (5, 38), (40, 70), (0, 70)):
+            assert torch.equal(linear(x[begin:end], weight, dtype=torch.float32), whole[begin:end])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_matrix_unit
+def test_broken_tokens_harm_no_others() -> None:
+    weight, x = LinearWeight.take(numbers(83, 96, seed=1)), numbers(33, 96, seed=3)
+    whole = linear(x, weight)
+    x[20, 5] = float("nan")
+    got = linear(x, weight)
+    assert got[20].isnan().all()
+    others = torch.arange(33) != 20
+    assert torch.equal(got[others], whole[others])
+
+
+def test_rows_of_any_stride() -> None:
+    wide = numbers(9, 200, seed=3)
+    w, bias = numbers(83, 96, seed=1), numbers(83, seed=2)
+    x = wide[:, 50:146]
+    got = linear(x, LinearWeight.take(w.clone()), bias)
+    assert_within(got, exact(x, w, bias).bfloat16(), "product")
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_embedding(num_rows: int) -> None:
+    w = numbers(num_rows, 96)
+    weight = LinearWeight.take(w.clone())
+    for ids in (
+        torch.arange(num_rows),
+        torch.tensor([[num_rows - 1, 0]], dtype=torch.int32),
+        torch.empty(0).long(),
+    ):
+        assert torch.equal(embedding(ids, weight), w[ids.long()])
+
+
+def test_what_is_not_packed() -> None:
+    """Other dtypes, widths that tiles do not divide, empty ones, and views."""
+    for w in (numbers(32, 32).float(), numbers(32, 40), numbers(32, 0), numbers(32, 64)[:, :32]):
+        kept = w.clone()
+        weight = LinearWeight.take(w)
+        assert not weight.packed
+        assert torch.equal(weight.values, kept)
+    assert linear(numbers(3, 0), LinearWeight(numbers(8, 0))).eq(0).all()
+
+
+def test_refusals() -> None:
+    weight, x = LinearWeight(numbers(8, 32)), numbers(3, 32)
+    with pytest.raises(ValueError, match=r"x: expected shape \[T, 32\]"):
+        linear(numbers(3, 16), weight)
+    with pytest.raises(ValueError, match="x: expected"):
+        linear(x.float(), weight)
+    with pytest.raises(ValueError, match="adjacent"):
+        linear(numbers(32, 3).T, weight)
+    with pytest.raises(ValueError, match=r"bias: expected shape \[8\]"):
+        linear(x, weight, numbers(7))
+    with pytest.raises(
+        ValueError, match=r"dtype: expected torch.bfloat16 or torch.float32, got torch.float16"
+    ):
+        linear(x, weight, dtype=torch.float16)
