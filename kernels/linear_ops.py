@@ -1,8 +1,9 @@
 """The door to products with weight matrices: formulas, shapes and dtypes, and the choice of the back end.
 
 Weights come wrapped, since each back end may want them in an order of its own: packed for the matrix unit of the
-processor, where it has one, and plain for torch (cuBLAS, oneDNN) elsewhere. Packed products are summed in one order, so
-that a token's outputs have the same bits alone and in any batch; torch's are not.
+processor, where it has one, and plain elsewhere. Products with a packed weight, and on CPU those of up to 64 tokens with a
+plain one, are each summed in one order, so that a token's outputs have the same bits alone and in any batch; products of
+torch's (cuBLAS, oneDNN) are not.
 
 T is the number of tokens, N and K the rows and columns of a weight. Each function raises ValueError when a shape, dtype
 or device does not fit.
@@ -57,17 +58,27 @@ def linear(
     if dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"dtype: expected {x.dtype} or {torch.float32}, got {dtype}")
     dtype = dtype or x.dtype
-    if weight.packed:
-        return cpu.linear(x, weight.values, bias, dtype)
+    if x.device.type == "cpu":
+        return cpu.linear(x, weight.values, weight.packed, bias, dtype)
     return F.linear(x, weight.values, bias).to(dtype)
 
 
-def embedding(ids: Tensor, weight: LinearWeight) -> Tensor:
-    """Returns rows of a weight, as it was before it was packed.
+def embedding(ids: Tensor, weight: LinearWeight, first_row: int = 0) -> Tensor:
+    """Returns rows of a weight, as they were before it was packed, and zeros for ids whose rows are elsewhere.
 
-    ids      integers of any shape, each 0 <= id < N: the caller's promise
-    returns  [*ids.shape, K], dtype of the weight
+    ids        integers of any shape
+    first_row  the id of the weight's first row
+    returns    [*ids.shape, K], dtype of the weight
     """
-    if weight.packed:
-        return cpu.rows(weight.values, ids)
-    return F.embedding(ids, weight.values)
+    values = weight.values
+    if values.device.type == "cpu":
+        found = cpu.rows(ids, values, weight.packed, first_row)
+        if found is not None:
+            return found
+    num_rows, width = values.shape
+    if num_rows == 0:
+        return values.new_zeros(*ids.shape, width)
+    local = ids - first_row
+    elsewhere = (local < 0) | (local >= num_rows)
+    y = F.embedding(local.masked_fill_(elsewhere, 0), values)
+    return y.masked_fill_(elsewhere.unsqueeze(-1), 0)

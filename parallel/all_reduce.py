@@ -55,7 +55,10 @@ class Transport(Protocol):
     """What a back end does for a `Group`. Tensors are contiguous and not empty."""
 
     backend: str
-    sequence: int  # number of the last collective begun
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last collective begun."""
 
     def all_reduce(self, x: Tensor, where: str) -> None: ...
     def all_gather(self, x: Tensor, out: Tensor, where: str) -> None: ...

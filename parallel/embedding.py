@@ -30,18 +30,7 @@ class VocabParallelEmbedding:
         self.group = group
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        return self.group.all_reduce(self._lookup_local(token_ids), "embedding")
-
-    def _lookup_local(self, token_ids: Tensor) -> Tensor:
-        num_rows, hidden_size = self.weight.shape
-        if num_rows == 0:
-            return self.weight.values.new_zeros(*token_ids.shape, hidden_size)
-        if self.group.world_size == 1:
-            return embedding(token_ids, self.weight)
-        local = token_ids - self.vocab_rows.start
-        elsewhere = (local < 0) | (local >= num_rows)
-        y = embedding(local.masked_fill_(elsewhere, 0), self.weight)
-        return y.masked_fill_(elsewhere.unsqueeze(-1), 0)
+        return self.group.all_reduce(embedding(token_ids, self.weight, self.vocab_rows.start), "embedding")
 
 
 class LMHead:

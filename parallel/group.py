@@ -49,6 +49,12 @@ class Group:
         self._transport = transport
         self._aborted: str | None = None
 
+    @property
+    def playable(self) -> bool:
+        """Whether its collectives can be part of a recorded step (kernels/cpu/tape.py)."""
+        transport = self._transport
+        return transport is None or (isinstance(transport, SharedMemoryTransport) and transport.playable)
+
     @classmethod
     def single(cls, device: torch.device | str) -> Group:
         """The group of a model that is not sharded."""

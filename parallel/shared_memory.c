@@ -20,6 +20,7 @@ struct ring {
     int64_t spins;         // pauses before the first sched_yield
     int64_t timeout_ns;    // bound on each wait
     uint64_t seq;          // last piece begun
+    int64_t sequence;      // last collective begun, from 1
     const int *pidfds;     // [world_size], -1 where there is none
     uint8_t *missing;      // [world_size], set to 1 by a failure
 };
@@ -147,23 +148,31 @@ static void sum_piece(const struct ring *g, int dtype, void *out, int64_t num_by
     }
 }
 
+struct collective {
+    struct ring *ring;
+    uint8_t *x, *out;
+    int64_t num_bytes, dtype;
+};
+
 // dtype BYTES gathers x of every rank into out [world_size][num_bytes]; any other sums in place (out == x).
-// num_bytes == 0 is a barrier. Returns OK or what went wrong; g->missing says who.
-int ring_collective(struct ring *g, int dtype, uint8_t *x, uint8_t *out, int64_t num_bytes) {
-    uint64_t tag = (uint64_t)(dtype + 1) << 56 | (uint64_t)num_bytes;
+// num_bytes == 0 is a barrier. Returns OK or what went wrong; the ring's `missing` says who.
+int ring_collective(const struct collective *a) {
+    struct ring *g = a->ring;
+    uint64_t tag = (uint64_t)(a->dtype + 1) << 56 | (uint64_t)a->num_bytes;
     int64_t at = 0;
+    g->sequence++;
     do {
-        int64_t piece = num_bytes - at < g->slot_bytes ? num_bytes - at : g->slot_bytes;
+        int64_t piece = a->num_bytes - at < g->slot_bytes ? a->num_bytes - at : g->slot_bytes;
         if (aborted(g)) return ABORTED;
         g->seq++;
-        memcpy(slot(g, g->rank, g->seq), x + at, (size_t)piece);
+        memcpy(slot(g, g->rank, g->seq), a->x + at, (size_t)piece);
         int status = meet(g, tag);
         if (status != OK) return status;
-        if (dtype != BYTES) sum_piece(g, dtype, out + at, piece);
+        if (a->dtype != BYTES) sum_piece(g, (int)a->dtype, a->out + at, piece);
         else
             for (int64_t r = 0; r < g->world_size; r++)
-                memcpy(out + r * num_bytes + at, slot(g, r, g->seq), (size_t)piece);
+                memcpy(a->out + r * a->num_bytes + at, slot(g, r, g->seq), (size_t)piece);
         at += piece;
-    } while (at < num_bytes);
+    } while (at < a->num_bytes);
     return OK;
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from .all_reduce import GroupError
-from .shared_memory_layout import ABORTED, DEAD, MISMATCH, OK, TIMEOUT, Segment
+from .shared_memory_layout import ABORTED, DEAD, MISMATCH, TIMEOUT, Segment
 from .shared_memory_native import NativeRing
 from .shared_memory_python import PythonRing
 
@@ -36,7 +37,6 @@ class SharedMemoryTransport:
     ) -> None:
         """process_ids: of all ranks. library: the compiled ring, or None for the Python one. Raises OSError where
         processes cannot be watched."""
-        self.sequence = 0
         self._segment = segment
         self._rank = rank
         self._timeout_s = timeout_s
@@ -57,23 +57,24 @@ class SharedMemoryTransport:
         else:
             self._ring = PythonRing(segment, rank, pidfds=self._pidfds, timeout_s=timeout_s, crowded=crowded)
 
+    @property
+    def sequence(self) -> int:
+        """Number of the last collective begun."""
+        return self._ring.sequence
+
+    @property
+    def playable(self) -> bool:
+        """Whether its collectives are noted on a tape (kernels/cpu/tape.py)."""
+        return isinstance(self._ring, NativeRing)
+
     def all_reduce(self, x: Tensor, where: str) -> None:
-        self.sequence += 1
-        status = self._ring.all_reduce(x)
-        if status != OK:
-            raise self._failed(status, where)
+        self._ring.all_reduce(x, partial(self._failed, where))
 
     def all_gather(self, x: Tensor, out: Tensor, where: str) -> None:
-        self.sequence += 1
-        status = self._ring.all_gather(x, out)
-        if status != OK:
-            raise self._failed(status, where)
+        self._ring.all_gather(x, out, partial(self._failed, where))
 
     def barrier(self, where: str) -> None:
-        self.sequence += 1
-        status = self._ring.barrier()
-        if status != OK:
-            raise self._failed(status, where)
+        self._ring.barrier(partial(self._failed, where))
 
     def abort(self, reason: str) -> None:
         self._segment.abort(self._rank, {"reason": reason[:_MAX_REASON], "missing": []})
@@ -86,7 +87,7 @@ class SharedMemoryTransport:
                 os.close(descriptor)
         self._pidfds = []
 
-    def _failed(self, status: int, where: str) -> GroupError:
+    def _failed(self, where: str, status: int) -> GroupError:
         """Also stops the other ranks: they learn what this one knows, and need not wait for it."""
         missing = self._ring.missing()
         if status == ABORTED:

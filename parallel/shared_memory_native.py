@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..kernels.cpu.tape import Failed, call
 from ..kernels.native import load_library
 from .shared_memory_layout import BYTES, DTYPE_CODES, Segment
 
@@ -22,23 +23,28 @@ class _RingStruct(ctypes.Structure):
         ("spins", ctypes.c_int64),
         ("timeout_ns", ctypes.c_int64),
         ("seq", ctypes.c_uint64),
+        ("sequence", ctypes.c_int64),
         ("pidfds", ctypes.c_void_p),
         ("missing", ctypes.c_void_p),
     )
 
 
+class _Collective(ctypes.Structure):
+    """struct collective"""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("ring", "x", "out")),
+        *((name, ctypes.c_int64) for name in ("num_bytes", "dtype")),
+    )
+
+
 def load_ring() -> ctypes.CDLL | None:
     """The compiled ring; None where there is no compiler."""
-    library = load_library(Path(__file__).with_name("shared_memory.c"))
-    if library is not None:
-        pointer = ctypes.c_void_p
-        library.ring_collective.argtypes = (pointer, ctypes.c_int, pointer, pointer, ctypes.c_int64)
-        library.ring_collective.restype = ctypes.c_int
-    return library
+    return load_library(Path(__file__).with_name("shared_memory.c"))
 
 
 class NativeRing:
-    """One rank's end of the ring, in C. Each method returns a status of shared_memory_layout."""
+    """One rank's end of the ring, in C. Each method raises `failed(status)` for a status of shared_memory_layout but OK."""
 
     def __init__(
         self,
@@ -69,18 +75,23 @@ class NativeRing:
         )
         self._address = ctypes.addressof(self._struct)
 
-    def all_reduce(self, x: Tensor) -> int:
+    @property
+    def sequence(self) -> int:
+        """Number of the last collective begun, played ones (kernels/cpu/tape.py) counted."""
+        return int(self._struct.sequence)
+
+    def all_reduce(self, x: Tensor, failed: Failed) -> None:
         address = x.data_ptr()
-        status: int = self._collective(self._address, DTYPE_CODES[x.dtype], address, address, x.nbytes)
-        return status
+        self._call(address, address, x.nbytes, DTYPE_CODES[x.dtype], failed)
 
-    def all_gather(self, x: Tensor, out: Tensor) -> int:
-        status: int = self._collective(self._address, BYTES, x.data_ptr(), out.data_ptr(), x.nbytes)
-        return status
+    def all_gather(self, x: Tensor, out: Tensor, failed: Failed) -> None:
+        self._call(x.data_ptr(), out.data_ptr(), x.nbytes, BYTES, failed)
 
-    def barrier(self) -> int:
-        status: int = self._collective(self._address, BYTES, None, None, 0)
-        return status
+    def barrier(self, failed: Failed) -> None:
+        self._call(None, None, 0, BYTES, failed)
 
     def missing(self) -> list[int]:
         return [rank for rank, flag in enumerate(self._missing) if flag]
+
+    def _call(self, x: int | None, out: int | None, num_bytes: int, dtype: int, failed: Failed) -> None:
+        call(self._collective, _Collective(self._address, x, out, num_bytes, dtype), failed)

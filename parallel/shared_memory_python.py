@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.cpu.tape import Failed
 from .shared_memory_layout import (
     ABORT_AT,
     ABORTED,
@@ -40,7 +41,7 @@ _NAP_S = 50e-6
 
 
 class PythonRing:
-    """One rank's end of the ring. Each method returns a status of shared_memory_layout."""
+    """One rank's end of the ring. Each method raises `failed(status)` for a status of shared_memory_layout but OK."""
 
     def __init__(
         self, segment: Segment, rank: int, *, pidfds: Sequence[int], timeout_s: float, crowded: bool
@@ -52,7 +53,8 @@ class PythonRing:
         self._timeout_s = timeout_s
         self._polls = 50 if crowded else 2000
         self._peers = [r for r in range(segment.world_size) if r != rank]
-        self._seq = 0
+        self.sequence = 0  # number of the last collective begun
+        self._seq = 0  # of the last piece
         self._missing: list[int] = []
         self._words = memoryview(segment.memory)[: segment.slots_at].cast("Q")
         self._slots = [
@@ -64,7 +66,7 @@ class PythonRing:
         ]
         self._views: dict[np.dtype[Any], list[list[Array]]] = {}
 
-    def all_reduce(self, x: Tensor) -> int:
+    def all_reduce(self, x: Tensor, failed: Failed) -> None:
         # numpy does all it can: a torch call costs several times as much on tensors this small.
         sum_piece = _sum_exact if x.dtype.itemsize > 2 else partial(_sum_in_float32, x.dtype)
         flat = (x if x.dtype.itemsize > 2 else x.view(torch.int16)).view(-1).numpy()
@@ -73,9 +75,9 @@ class PythonRing:
         def read(at: int, length: int, parity: int) -> None:
             sum_piece([slot[:length] for slot in slots[parity]], flat[at : at + length])
 
-        return self._collective(DTYPE_CODES[x.dtype], flat, read)
+        self._run(DTYPE_CODES[x.dtype], flat, read, failed)
 
-    def all_gather(self, x: Tensor, out: Tensor) -> int:
+    def all_gather(self, x: Tensor, out: Tensor, failed: Failed) -> None:
         flat = x.view(-1).view(torch.uint8).numpy()
         rows = out.view(self._world_size, -1).view(torch.uint8).numpy()
 
@@ -83,10 +85,10 @@ class PythonRing:
             for row, slot in zip(rows, self._slots[parity], strict=True):
                 row[at : at + length] = slot[:length]
 
-        return self._collective(BYTES, flat, read)
+        self._run(BYTES, flat, read, failed)
 
-    def barrier(self) -> int:
-        return self._collective(BYTES, np.empty(0, np.uint8), lambda at, length, parity: None)
+    def barrier(self, failed: Failed) -> None:
+        self._run(BYTES, np.empty(0, np.uint8), lambda at, length, parity: None, failed)
 
     def missing(self) -> list[int]:
         return self._missing
@@ -96,7 +98,13 @@ class PythonRing:
             self._views[dtype] = [[slot.view(dtype) for slot in half] for half in self._slots]
         return self._views[dtype]
 
+    def _run(self, code: int, flat: Array, read: Callable[[int, int, int], None], failed: Failed) -> None:
+        status = self._collective(code, flat, read)
+        if status != OK:
+            raise failed(status)
+
     def _collective(self, code: int, flat: Array, read: Callable[[int, int, int], None]) -> int:
+        self.sequence += 1
         own = self._slots_as(flat.dtype)
         per_piece = self._slot_bytes // flat.itemsize
         tag = (code + 1) << 56 | flat.nbytes

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cache import KVLayer
 from ..metadata import AttentionMetadata, HeadLayout
 from .library import FORMAT_CODES, load
+from .tape import call, empty, no_memory
 from .torch_ops import paged_attention as torch_attention
 
 MAX_HEAD_DIM = 256
@@ -48,10 +49,11 @@ def paged_attention(
     library = load("attention.c", *FLAGS)
     if library is None or q.dtype not in FORMAT_CODES or q.shape[2] > MAX_HEAD_DIM:
         return torch_attention(q, cache, meta, heads, scale, window, soft_cap, sinks, lse)
-    arguments, _ = meta.prepare(
+    plan, _ = meta.prepare(
         ("cpu", heads, scale, window, soft_cap), lambda: _plan(meta, heads, scale, window, soft_cap)
     )
-    out = torch.empty(q.shape, dtype=q.dtype)
+    arguments = _Arguments.from_buffer_copy(plan)
+    out = empty(tuple(q.shape), q.dtype)
     arguments.q, arguments.out = q.data_ptr(), out.data_ptr()
     arguments.k, arguments.v = cache.k.data_ptr(), cache.v.data_ptr()
     arguments.k_scale = None if cache.k_scale is None else cache.k_scale.data_ptr()
@@ -62,8 +64,7 @@ def paged_attention(
     arguments.q_format = FORMAT_CODES[q.dtype]
     arguments.cache_format = FORMAT_CODES[cache.k.dtype]
     arguments.num_threads = torch.get_num_threads()
-    if library.paged_attention(ctypes.byref(arguments)):
-        raise MemoryError(f"no memory for the attention of {meta.num_tokens} tokens")
+    call(library.paged_attention, arguments, no_memory)
     return out
 
 

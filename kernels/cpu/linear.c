@@ -1,16 +1,16 @@
-// Products with a weight matrix on the matrix unit: x W^T + bias, bfloat16 in, float32 sums. Formulas: kernels/linear_ops.py.
+// Products with a weight matrix: x W^T + bias, float32 sums. Formulas: kernels/linear_ops.py.
 //
-// W, [N, K], is packed where it lies, so that it needs no second place: each 32 of its rows become, for each 32 channels,
-// two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h). A step of few tokens then
-// reads W once, in order, which is all the memory can give. Rows past the last whole 32 stay as they are, and are packed
-// again in every call. Threads share out the rows of W. Every sum takes the channels in their order, 32 at a time, so a
-// token's outputs have the same bits alone and in any batch, and with any number of threads.
+// Threads share out the rows of W, [N, K], and read them once for all tokens of a small step: that is what the memory can
+// give, and more is not to be had. Each sum takes the channels in one order, so a token's outputs have the same bits alone
+// and in any batch, and with any number of threads. linear_dots.h: in vectors, of a plain W. Here: on the matrix unit, of
+// a W in bfloat16 that is packed where it lies, so that it needs no second place. Each 32 of its rows become, for each 32
+// channels, two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h). Rows past the last
+// whole 32 stay as they are, and are packed again in every call.
 
 #include <omp.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
+#include "linear_dots.h"
 #include "matrix_unit.h"
 
 #ifdef HAVE_AMX
@@ -20,8 +20,6 @@ enum {
     AHEAD = 4,              // products from the one whose weights are being fetched to the one at work
     KEPT_BYTES = 512 << 10  // weights that all tokens meet before the next are read: they stay in the second cache
 };
-
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Rows become columns: 16 registers of 16 32-bit numbers.
 static inline void turn(__m512i *x) {
@@ -108,21 +106,13 @@ static void multiply(const uint16_t *x, int64_t stride, const uint16_t *w, int64
         _tile_stored(3, sums + SIDE * CHUNK + SIDE, CHUNK * 4);
     }
 }
-#endif
 
-struct linear {
-    const uint16_t *x, *w, *bias;  // bias may be null
-    void *out;                     // [num_tokens, n]
-    int64_t num_tokens, n, k, x_stride, to_float32, num_threads;
-};
-
-#ifdef HAVE_AMX
 static void write_sums(const struct linear *a, const float *sums, int64_t token, int64_t tokens, int64_t row) {
     int64_t rows = min64(CHUNK, a->n - row);
     __mmask32 inside = rows == CHUNK ? ~(__mmask32)0 : ((__mmask32)1 << rows) - 1;
     __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     if (a->bias) {
-        __m512i stored = _mm512_maskz_loadu_epi16(inside, a->bias + row);
+        __m512i stored = _mm512_maskz_loadu_epi16(inside, (const uint16_t *)a->bias + row);
         bias[0] = _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(stored));
         bias[1] = _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(stored, 1));
     }
@@ -139,6 +129,7 @@ static void write_sums(const struct linear *a, const float *sums, int64_t token,
 
 // Chunks first .. end - 1 of W with all tokens.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, int64_t first, int64_t end) {
+    const uint16_t *x = a->x, *packed = a->w;
     _Alignas(64) float sums[CHUNK * CHUNK];
     int64_t kept = KEPT_BYTES / (CHUNK * 2 * a->k) + 1, shaped = 0;
     for (int64_t begin = first; begin < end; begin += kept)
@@ -147,8 +138,8 @@ static void multiply_chunks(const struct linear *a, const uint16_t *rest, int64_
             if (tokens != shaped) shape_tiles(tokens);
             shaped = tokens;
             for (int64_t chunk = begin; chunk < min64(begin + kept, end); chunk++) {
-                const uint16_t *w = (chunk + 1) * CHUNK <= a->n ? a->w + chunk * CHUNK * a->k : rest;
-                multiply(a->x + token * a->x_stride, a->x_stride, w, tokens, a->k, sums);
+                const uint16_t *w = (chunk + 1) * CHUNK <= a->n ? packed + chunk * CHUNK * a->k : rest;
+                multiply(x + token * a->x_stride, a->x_stride, w, tokens, a->k, sums);
                 write_sums(a, sums, token, tokens, chunk * CHUNK);
             }
         }
@@ -156,8 +147,8 @@ static void multiply_chunks(const struct linear *a, const uint16_t *rest, int64_
 }
 #endif
 
-// 1 where the others can run.
-int linear_available(void) {
+// Whether weights may be packed.
+int linear_packs(void) {
 #ifdef HAVE_AMX
     return tiles_granted();
 #else
@@ -179,31 +170,47 @@ int linear_pack(uint16_t *w, int64_t n, int64_t k) {
     return 0;
 }
 
-// out[i] = row ids[i] of packed W.
-void linear_rows(const uint16_t *w, const int64_t *ids, uint16_t *out, int64_t num_ids, int64_t n, int64_t k) {
-#ifdef HAVE_AMX
-    for (int64_t i = 0; i < num_ids; i++, out += k) {
-        int64_t chunk = ids[i] / CHUNK, row = ids[i] % CHUNK;
-        if ((chunk + 1) * CHUNK > n) {
-            memcpy(out, w + ids[i] * k, (size_t)k * 2);
+struct rows {
+    const void *w;
+    const int64_t *ids;
+    void *out;
+    int64_t num_ids, first_row, n, k, number_bytes, packed;
+};
+
+// out[i] = row ids[i] - first_row of W, or zeros where W has no such row.
+int linear_rows(const struct rows *a) {
+    int64_t row_bytes = a->k * a->number_bytes;
+    for (int64_t i = 0; i < a->num_ids; i++) {
+        uint8_t *out = (uint8_t *)a->out + i * row_bytes;
+        int64_t row = a->ids[i] - a->first_row;
+        if (row < 0 || row >= a->n) {
+            memset(out, 0, (size_t)row_bytes);
             continue;
         }
-        const uint16_t *pairs = w + chunk * CHUNK * k + row / SIDE * SIDE * CHUNK + row % SIDE * 2;
-        for (int64_t pair = 0; pair < k / 2; pair++)
-            memcpy(out + 2 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
-    }
+#ifdef HAVE_AMX
+        int64_t chunk = row / CHUNK, in_chunk = row % CHUNK;
+        if (a->packed && (chunk + 1) * CHUNK <= a->n) {
+            const uint16_t *pairs = (const uint16_t *)a->w + chunk * CHUNK * a->k;
+            pairs += in_chunk / SIDE * SIDE * CHUNK + in_chunk % SIDE * 2;
+            for (int64_t pair = 0; pair < a->k / 2; pair++)
+                memcpy(out + 4 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
+            continue;
+        }
 #endif
+        memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
+    }
+    return 0;
 }
 
-// Returns 1 for want of memory.
-int linear(const struct linear *a) {
+// Of a packed W. Returns 1 for want of memory.
+int linear_packed(const struct linear *a) {
 #ifdef HAVE_AMX
     int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads;
     uint16_t *rest = NULL;
     if (whole < chunks) {
         rest = malloc((size_t)(CHUNK * a->k) * 2);
         if (!rest) return 1;
-        pack_chunk(a->w + whole * CHUNK * a->k, a->n - whole * CHUNK, a->k, rest);
+        pack_chunk((const uint16_t *)a->w + whole * CHUNK * a->k, a->n - whole * CHUNK, a->k, rest);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -212,5 +219,25 @@ int linear(const struct linear *a) {
     }
     free(rest);
 #endif
+    return 0;
+}
+
+// Of a plain W. Returns 1 for want of memory.
+int linear_plain(const struct linear *a) {
+    int64_t padded = (a->k + LANES - 1) / LANES * LANES, groups = (a->n + ROWS - 1) / ROWS, threads = a->num_threads;
+    float *x = malloc((size_t)(a->num_tokens * padded) * 4 + 1);
+    if (!x) return 1;
+    for (int64_t t = 0; t < a->num_tokens; t++) widen_row(a, t, padded, x + t * padded);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+        int64_t first = groups * me / all * ROWS, end = min64(groups * (me + 1) / all * ROWS, a->n);
+        switch (a->format) {
+        case FLOAT32: float32_dots(a, x, padded, first, end); break;
+        case BFLOAT16: bfloat16_dots(a, x, padded, first, end); break;
+        default: float16_dots(a, x, padded, first, end);
+        }
+    }
+    free(x);
     return 0;
 }

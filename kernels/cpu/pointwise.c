@@ -75,6 +75,19 @@ static void mix(float *x, int64_t d) {
         }
 }
 
+struct norm {
+    const void *x, *weight;
+    void *residual, *out;  // residual may be null
+    int64_t num_tokens, hidden, x_stride, residual_stride, num_threads;
+    float eps;
+};
+
+struct gated {
+    const void *gate_up;
+    void *out;
+    int64_t num_tokens, inner, stride, gelu, num_threads;  // gelu 0: silu
+};
+
 struct rotary {
     void *q;
     const void *k, *v, *q_norm, *k_norm;  // norms may be null

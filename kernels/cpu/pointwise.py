@@ -11,10 +11,30 @@ from torch import Tensor
 from ..cache import KVLayer
 from . import torch_ops
 from .library import FORMAT_CODES, load
+from .tape import call, empty, no_memory
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _MAX_HEAD_DIM = 1024
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Norm(ctypes.Structure):
+    """struct norm"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "weight", "residual", "out")),
+        *((name, _INT) for name in ("num_tokens", "hidden", "x_stride", "residual_stride", "num_threads")),
+        ("eps", _FLOAT),
+    )
+
+
+class _Gated(ctypes.Structure):
+    """struct gated"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("gate_up", "out")),
+        *((name, _INT) for name in ("num_tokens", "inner", "stride", "gelu", "num_threads")),
+    )
 
 
 class _Rotary(ctypes.Structure):
@@ -30,23 +50,13 @@ class _Rotary(ctypes.Structure):
     )
 
 
-_ARGUMENTS: dict[str, list[Any]] = {
-    "rms_norm": [_POINTER] * 4 + [_INT] * 4 + [_FLOAT, _INT],
-    "rotary_kv_write": [_POINTER],
-    "gated": [_POINTER] * 2 + [_INT] * 5,
-}
-
-
 def _function(name: str, dtype: torch.dtype) -> Any:
     """The C function of a dtype, or None."""
     # Unfused, as written: rotary in float32 then has the bits of transformers' own.
     library = load("pointwise.c", "-fopenmp", "-ffp-contract=off")
     if library is None or dtype not in _NAMES:
         return None
-    function = getattr(library, f"{_NAMES[dtype]}_{name}")
-    if function.argtypes is None:
-        function.argtypes, function.restype = _ARGUMENTS[name], None
-    return function
+    return getattr(library, f"{_NAMES[dtype]}_{name}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,20 +74,22 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
             x = residual.add_(x)
         return torch_ops.rms_norm(x, weight, eps)
     tokens, hidden = x.shape
-    out = torch.empty((tokens, hidden), dtype=x.dtype)
+    out = empty((tokens, hidden), x.dtype)
     pointer, stride = (None, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
-    function(
+    threads = torch.get_num_threads()
+    arguments = _Norm(
         x.data_ptr(),
-        pointer,
         weight.data_ptr(),
+        pointer,
         out.data_ptr(),
         tokens,
         hidden,
         x.stride(0),
         stride,
+        threads,
         eps,
-        torch.get_num_threads(),
     )
+    call(function, arguments, no_memory)
     return out
 
 
@@ -112,7 +124,7 @@ def rotary_kv_write(
         torch.get_num_threads(),
         eps,
     )
-    function(ctypes.byref(arguments))
+    call(function, arguments, no_memory)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -128,14 +140,8 @@ def _gated(gate_up: Tensor, activation: str) -> Tensor:
     if function is None:
         return torch_ops.gated(gate_up, activation)
     tokens, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((tokens, inner), dtype=gate_up.dtype)
-    function(
-        gate_up.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        inner,
-        gate_up.stride(0),
-        int(activation == "gelu"),
-        torch.get_num_threads(),
-    )
+    out = empty((tokens, inner), gate_up.dtype)
+    gelu, threads = int(activation == "gelu"), torch.get_num_threads()
+    arguments = _Gated(gate_up.data_ptr(), out.data_ptr(), tokens, inner, gate_up.stride(0), gelu, threads)
+    call(function, arguments, no_memory)
     return out

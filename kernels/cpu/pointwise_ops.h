@@ -15,8 +15,12 @@ static inline void NAME(write)(T *p, vf v, int64_t n) {
 }
 
 // residual may be null; else residual += x comes first, rounded to T.
-void NAME(rms_norm)(const T *x, T *residual, const T *weight, T *out, int64_t tokens, int64_t hidden,
-                     int64_t x_stride, int64_t residual_stride, float eps, int64_t threads) {
+int NAME(rms_norm)(const struct norm *a) {
+    const T *x = a->x, *weight = a->weight;
+    T *residual = a->residual, *out = a->out;
+    int64_t tokens = a->num_tokens, hidden = a->hidden, x_stride = a->x_stride, threads = a->num_threads;
+    int64_t residual_stride = a->residual_stride;
+    float eps = a->eps;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * hidden > SMALL)
     for (int64_t t = 0; t < tokens; t++) {
         const T *in = x + t * x_stride;
@@ -41,6 +45,7 @@ void NAME(rms_norm)(const T *x, T *residual, const T *weight, T *out, int64_t to
             NAME(write)(out + t * hidden + c, NAME(read)(in + c, n) * factor * NAME(read)(weight + c, n), n);
         }
     }
+    return 0;
 }
 
 // One head, normed, turned and for int4 mixed, as float32 in x.
@@ -68,7 +73,7 @@ static void NAME(put)(const float *x, int64_t d, T *out) {
     for (int64_t c = 0; c < d; c += LANES) NAME(write)(out + c, load(x + c), d - c);
 }
 
-void NAME(rotary_kv_write)(const struct rotary *a) {
+int NAME(rotary_kv_write)(const struct rotary *a) {
     int64_t threads = a->num_threads, d = a->head_dim, heads = a->num_q_heads + 2 * a->num_kv_heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && a->num_tokens * heads * d > SMALL)
     for (int64_t t = 0; t < a->num_tokens; t++) {
@@ -95,18 +100,20 @@ void NAME(rotary_kv_write)(const struct rotary *a) {
             }
         }
     }
+    return 0;
 }
 
-// gelu: 0 for silu.
-void NAME(gated)(const T *gate_up, T *out, int64_t tokens, int64_t inner, int64_t stride, int64_t gelu,
-                  int64_t threads) {
+int NAME(gated)(const struct gated *a) {
+    T *out = a->out;
+    int64_t tokens = a->num_tokens, inner = a->inner, threads = a->num_threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * inner > SMALL)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t c = 0; c < inner; c += LANES) {
             int64_t n = inner - c;
-            const T *in = gate_up + t * stride + c;
+            const T *in = (const T *)a->gate_up + t * a->stride + c;
             vf gate = NAME(read)(in, n), up = NAME(read)(in + inner, n);
-            vf active = gate * sigmoid(gelu ? gelu_argument(gate) : gate);
+            vf active = gate * sigmoid(a->gelu ? gelu_argument(gate) : gate);
             NAME(write)(out + t * inner + c, active * up, n);
         }
+    return 0;
 }

@@ -3,20 +3,6 @@
 #pragma once
 #include "attention.h"
 
-// Lane i of the result is the sum over the lanes of x[i].
-static inline vf fold(vf x[LANES]) {
-    vi lane = lanes();
-#define FOLD(W)                                                                                    \
-    if (W < LANES) {                                                                               \
-        vi upper = (lane & W) != 0, other = (lane ^ W) + (upper & LANES);                          \
-        for (int i = 0; i < LANES; i += 2 * W)                                                     \
-            x[i] = choose(upper, x[i + W], x[i]) + __builtin_shuffle(x[i], x[i + W], other);       \
-    }
-    FOLD(1) FOLD(2) FOLD(4) FOLD(8)
-#undef FOLD
-    return x[0];
-}
-
 // logits[m][j] = q[m] . k[j] for the block's keys; DV registers a row.
 #define DEFINE_LOGITS(NAME, DV)                                                                    \
     static void NAME(const float *q, const float *k, int64_t rows, int64_t vectors, float *out) {  \

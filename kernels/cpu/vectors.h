@@ -60,6 +60,20 @@ static inline float max_of(vf v) {
     return v[0];
 }
 
+// Lane i of the result is the sum over the lanes of x[i].
+static inline vf fold(vf x[LANES]) {
+    vi lane = lanes();
+#define FOLD(W)                                                                                    \
+    if (W < LANES) {                                                                               \
+        vi upper = (lane & W) != 0, other = (lane ^ W) + (upper & LANES);                          \
+        for (int i = 0; i < LANES; i += 2 * W)                                                     \
+            x[i] = choose(upper, x[i + W], x[i]) + __builtin_shuffle(x[i], x[i + W], other);       \
+    }
+    FOLD(1) FOLD(2) FOLD(4) FOLD(8)
+#undef FOLD
+    return x[0];
+}
+
 // 2^x, to 2 units in the last place, up to 2^127; 0 below 2^-126, NaN for NaN. The polynomial is that of exp2f in Cephes
 // (Moshier), for an |f| of at most 1/2.
 static inline vf exp2_of(vf x) {

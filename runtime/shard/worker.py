@@ -18,6 +18,7 @@ from ..models.checkpoint import Checkpoint
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .logprobs import LogprobTensors
+from .recorded_steps import RecordedSteps
 from .sampler import Sampler
 from .slots import Slots
 from .weights import load_weights
@@ -72,6 +73,15 @@ class Worker:
             block_size=cache.block_size,
             device=self.device,
         )
+        self._steps = RecordedSteps(
+            self.decoder,
+            self.cache,
+            self.group,
+            num_groups=len(groups),
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self._max_model_len,
+            block_size=cache.block_size,
+        )
         self._sampler = Sampler(
             self.group, self.shard.vocab_rows, self.spec.vocab_size, scheduler.max_num_seqs, self.device
         )
@@ -85,7 +95,7 @@ class Worker:
             self._sampler.open(opened.slot, opened.sampling)
         if plan.copied:
             self.cache.copy(plan.copied)
-        hidden = self.decoder.forward(inputs, self.cache)
+        hidden = self._steps.forward(inputs)
         pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
         if plan.targets is not None:
             pending.fetch_prompt(self._prompt_logprobs(hidden, plan.targets))

@@ -1,0 +1,70 @@
+// Products with a plain weight matrix in vectors, for steps of few tokens: each row of W is a dot product with each token.
+
+#pragma once
+#include "vectors.h"
+
+struct linear {
+    const void *x, *w, *bias;  // [num_tokens, k], [n, k], [n] or null; of one format
+    void *out;                 // [num_tokens, n], of that format or float32
+    int64_t num_tokens, n, k, x_stride, format, to_float32, num_threads;
+};
+
+enum { ROWS = 4, TOKENS = LANES / ROWS };  // rows of W and tokens that meet in registers: a lane of a sum each
+
+static inline float number(int64_t format, const void *p, int64_t i) {
+    switch (format) {
+    case FLOAT32: return ((const float *)p)[i];
+    case BFLOAT16: return from_bf16(((const uint16_t *)p)[i]);
+    default: return (float)((const _Float16 *)p)[i];
+    }
+}
+
+// A token as float32, zeros behind it.
+static void widen_row(const struct linear *a, int64_t token, int64_t padded, float *out) {
+    for (int64_t c = 0; c < a->k; c++) out[c] = number(a->format, a->x, token * a->x_stride + c);
+    for (int64_t c = a->k; c < padded; c++) out[c] = 0;
+}
+
+static inline void write_dot(const struct linear *a, int64_t token, int64_t row, float sum) {
+    if (a->bias) sum += number(a->format, a->bias, row);
+    int64_t at = token * a->n + row;
+    if (a->format == FLOAT32 || a->to_float32) ((float *)a->out)[at] = sum;
+    else if (a->format == BFLOAT16) ((uint16_t *)a->out)[at] = to_bf16(sum);
+    else ((_Float16 *)a->out)[at] = (_Float16)sum;
+}
+
+// Rows first .. end - 1 of W with all tokens. Rows and tokens that are missing repeat the last one, and are not written.
+#define DEFINE_DOTS(NAME, T, LOAD)                                                                                    \
+    static void NAME(const struct linear *a, const float *x, int64_t padded, int64_t first, int64_t end) {            \
+        int64_t whole = a->k / LANES * LANES, rest = a->k - whole;                                                    \
+        for (int64_t row = first; row < end; row += ROWS) {                                                           \
+            const T *w[ROWS];                                                                                         \
+            T last[ROWS][LANES];                                                                                      \
+            memset(last, 0, sizeof last);                                                                             \
+            for (int64_t i = 0; i < ROWS; i++) {                                                                      \
+                w[i] = (const T *)a->w + min64(row + i, end - 1) * a->k;                                              \
+                memcpy(last[i], w[i] + whole, (size_t)rest * sizeof(T));                                              \
+            }                                                                                                         \
+            for (int64_t token = 0; token < a->num_tokens; token += TOKENS) {                                         \
+                const float *in[TOKENS];                                                                              \
+                vf sums[LANES] = {};                                                                                  \
+                for (int64_t i = 0; i < TOKENS; i++) in[i] = x + min64(token + i, a->num_tokens - 1) * padded;        \
+                for (int64_t c = 0; c < padded; c += LANES) {                                                         \
+                    vf tokens[TOKENS];                                                                                \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < TOKENS; i++) tokens[i] = load(in[i] + c);             \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < ROWS; i++) {                                          \
+                        vf weights = c < whole ? LOAD(w[i] + c) : LOAD(last[i]);                                      \
+                        _Pragma("GCC unroll 4") for (int j = 0; j < TOKENS; j++)                                      \
+                            sums[i * TOKENS + j] += weights * tokens[j];                                              \
+                    }                                                                                                 \
+                }                                                                                                     \
+                vf all = fold(sums);                                                                                  \
+                for (int64_t i = 0; i < min64(ROWS, end - row); i++)                                                  \
+                    for (int64_t j = 0; j < min64(TOKENS, a->num_tokens - token); j++)                                \
+                        write_dot(a, token + j, row + i, all[i * TOKENS + j]);                                        \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+DEFINE_DOTS(float32_dots, float, load)
+DEFINE_DOTS(bfloat16_dots, uint16_t, load_bf16)
+DEFINE_DOTS(float16_dots, _Float16, load_f16)

@@ -1,0 +1,158 @@
+"""Steps that are all C calls, noted once and then played again without Python: what a CUDA graph is on a GPU.
+
+Every C function of the CPU back end takes the address of one struct, and returns 0 or what went wrong. Between two
+plays only the contents of tensors may change: their places, shapes and the number of threads are noted. A step in which
+torch computes anything is no such step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .library import load
+
+Failed = Callable[[int], Exception]
+"""What to raise for a status other than 0."""
+
+# Of torch's operations, those that only make views, or memory to be filled.
+_HARMLESS = frozenset(
+    f"aten::{name}"
+    for name in (
+        "view",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unsqueeze",
+        "alias",
+        "as_strided",
+        "empty",
+    )
+)
+_ALIGNMENT = 64
+
+
+class _Call(ctypes.Structure):
+    """struct call"""
+
+    _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+
+
+class Arena:
+    """Memory for the results of noted calls. What a step has let go of is used again by its later calls, as in any step,
+    but stays here when all of it is: plays need it. Tapes that are never played at the same time may share an arena."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[int, list[Any]] = defaultdict(list)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if not num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        kept = self._free[num_bytes]
+        memory = kept.pop() if kept else (ctypes.c_uint8 * (num_bytes + _ALIGNMENT))()
+        start = -ctypes.addressof(memory) % _ALIGNMENT
+        # A new object each time: it goes when the last tensor on this memory goes.
+        piece = (ctypes.c_uint8 * num_bytes).from_buffer(memory, start)
+        weakref.finalize(piece, kept.append, memory).atexit = False
+        return torch.frombuffer(piece, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+class Tape:
+    """The calls of one step."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.foreign: str | None = None  # an operation of torch's: the tape cannot be played
+        self._arena = arena
+        self._noted: list[tuple[int, ctypes.Structure, Failed]] = []
+        self._calls: ctypes.Array[_Call] | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Calls of this thread are noted, and made. Not to be nested."""
+        assert self._calls is None, "a tape is recorded once"
+        assert _current.get() is None, "another tape is being recorded"
+        token = _current.set(self)
+        try:
+            with _Watch(self):
+                yield
+        finally:
+            _current.reset(token)
+        self._calls = (_Call * len(self._noted))(
+            *(_Call(function, ctypes.addressof(arguments)) for function, arguments, _ in self._noted)
+        )
+
+    def play(self) -> None:
+        """Make all calls again. Raises what the caller of the failed one said."""
+        assert self._calls is not None, "nothing was recorded"
+        assert self.foreign is None, f"{self.foreign} was not recorded"
+        status = ctypes.c_int(0)
+        done = _player().tape_play(self._calls, len(self._noted), ctypes.byref(status))
+        if status.value:
+            raise self._noted[done][2](status.value)
+
+    def note(self, function: Any, arguments: ctypes.Structure, failed: Failed) -> None:
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        assert address is not None, "a function has an address"
+        self._noted.append((address, arguments, failed))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self._arena.empty(shape, dtype)
+
+
+_current: ContextVar[Tape | None] = ContextVar("tape", default=None)  # that this thread records
+
+
+def call(function: Any, arguments: ctypes.Structure, failed: Failed) -> None:
+    """Calls a C function with the address of `arguments`, which nobody changes after it. Raises `failed(status)`."""
+    tape = _current.get()
+    if tape is not None:
+        tape.note(function, arguments, failed)
+    status = function(ctypes.byref(arguments))
+    if status:
+        raise failed(status)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for the result of a call."""
+    tape = _current.get()
+    return torch.empty(shape, dtype=dtype) if tape is None else tape.empty(shape, dtype)
+
+
+def is_available() -> bool:
+    """False without a compiler."""
+    return load("tape.c") is not None
+
+
+def no_memory(status: int) -> Exception:
+    """What most calls can fail for."""
+    return MemoryError("no memory for the operands of a step")
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name not in _HARMLESS:
+            self._tape.foreign = func._schema.name
+        return func(*args, **(kwargs or {}))
+
+
+def _player() -> ctypes.CDLL:
+    library = load("tape.c")
+    assert library is not None, "what was recorded was compiled"
+    library.tape_play.restype = ctypes.c_int64
+    return library
