@@ -34,13 +34,14 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "initializer_range": 0.2,  # large enough that logits differ clearly between tokens
 }
+# Of 4 pairs, those in the middle lie on the ramp: at 1/3 and 2/3, or at 0.30 and 0.69 where its ends are not rounded.
 YARN = {
     "rope_type": "yarn",
-    "rope_theta": 10000.0,
+    "rope_theta": 100.0,
     "factor": 4.0,
     "original_max_position_embeddings": 16,
     "beta_fast": 2.0,
-    "beta_slow": 0.3,
+    "beta_slow": 0.1,
 }
 GEMMA3 = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4, "tie_word_embeddings": True}
 
@@ -53,7 +54,12 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2_windows": (
         Qwen2Config,
-        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "rope_parameters": YARN},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "max_window_layers": 1,
+            "rope_parameters": YARN | {"truncate": False},
+        },
     ),
     "qwen3": (Qwen3Config, {"head_dim": 16}),
     "gemma2": (

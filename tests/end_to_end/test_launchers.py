@@ -8,7 +8,10 @@ from alone import Row, compare_logprobs, make_word_model, parts, run_alone
 from feature_rows import PLAIN, feature_rows
 from launched import answer_of, chosen_of, line_of, places_of, run_rows
 
-TEMPLATE = "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}w10"
+TEMPLATE = (
+    "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w10{% endif %}"
+)
 CHAT = [{"role": "user", "content": "w5 w6 w7"}, {"role": "user", "content": "w8"}]
 CHAT_IDS = [9, 5, 6, 7, 9, 8, 10]
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from alone import Alone, Row, make_word_model, num_parted, open_llm, run_alone
-from feature_rows import NUM_TOKENS, PLAIN, PROMPT, UNCHANGED, feature_rows
+from feature_rows import NUM_TOKENS, PLAIN, PROMPT, UNCHANGED, feature_rows, rows_without_one
 
 from kvshard import LLM, SamplingParams
 from kvshard.launch.outputs import RequestOutput
 
-LONG = Row(PROMPT[::-1], PLAIN.settings | {"max_tokens": 2 * NUM_TOKENS})
+BLOCK_SIZE = 4
+# Begins with what is the second block of the other prompts, and must not be taken for it.
+LONG = Row(PROMPT[BLOCK_SIZE:], PLAIN.settings | {"max_tokens": 2 * NUM_TOKENS})
 CACHE_DTYPES = ("auto", "int8", "fp8", "int4")
 Truth = Callable[[str], tuple[list[Row], list[list[Alone]]]]
 
@@ -55,7 +57,7 @@ def test_answers_are_as_alone(size: int, cache_dtype: str, model: Path, truth: T
     with open_llm(
         model,
         size,
-        cache={"dtype": cache_dtype, "block_size": 4, "num_blocks": 19},
+        cache={"dtype": cache_dtype, "block_size": BLOCK_SIZE, "num_blocks": 19},
         scheduler={"max_num_seqs": 4, "max_num_batched_tokens": 8, "run_ahead": 2, "max_model_len": 64},
     ) as llm:
         aborted, *outputs = generate_and_abort(llm, rows)
@@ -77,8 +79,8 @@ def test_answers_are_as_alone(size: int, cache_dtype: str, model: Path, truth: T
 
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
-def test_every_setting_is_felt(cache_dtype: str, truth: Truth) -> None:
-    """What is compared above would differ if a setting were left out."""
+def test_every_setting_is_felt(cache_dtype: str, model: Path, truth: Truth) -> None:
+    """What is compared above would differ if a setting were left out, also one of several."""
     rows, alone = truth(cache_dtype)
     [plain], *others = [[one.answer for one in answers] for answers in alone[1:]]
     names = list(feature_rows(plain.token_ids))
@@ -90,13 +92,23 @@ def test_every_setting_is_felt(cache_dtype: str, truth: Truth) -> None:
         else:
             assert answer.token_ids != plain.token_ids, name
     tokens = {name: answer.token_ids for name, (answer, *_) in answers.items()}
+    less = rows_without_one(feature_rows(plain.token_ids))
+    for (name, setting), [one] in zip(less, run_alone(model, list(less.values()), cache_dtype), strict=True):
+        assert one.answer.token_ids != tokens[name], (name, setting)
     assert len({tuple(answer.token_ids) for answer in answers["n"]}) == 3
     assert {len(place) for place in answers["logprobs"][0].logprobs or ()} <= {3, 4}
     of_prompt = dict(zip(names, alone[2:], strict=True))["prompt_logprobs"][0].prompt_logprobs
     assert of_prompt is not None
     assert [place is None for place in of_prompt] == [True] + [False] * (len(PROMPT) - 1)
-    assert answers["stop"][0].stop_reason == feature_rows(plain.token_ids)["stop"].settings["stop"][0]
+    [stopped], [ended] = answers["stop"], answers["stop_token_ids"]
+    assert [stopped.stop_reason] == feature_rows(plain.token_ids)["stop"].settings["stop"]
+    assert plain.text.startswith(f"{stopped.text}{stopped.stop_reason}")
+    assert (ended.text.split(), ended.stop_reason) == (plain.text.split()[:5], plain.token_ids[5])
     assert plain.token_ids[1] not in tokens["bad_words"]
+    assert (
+        tokens["longer_bad_words"][:6] == plain.token_ids[:6]
+    )  # the last of its three tokens is another one
     assert set(tokens["allowed_token_ids"]) <= set(range(20, 60))
     assert len(tokens["stop_token_ids"]) == 6
-    assert len(tokens["min_tokens"]) >= NUM_TOKENS - 2
+    assert max(tokens["min_tokens"][:8]) < 20
+    assert len(tokens["min_tokens"]) == 9

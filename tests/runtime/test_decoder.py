@@ -16,6 +16,12 @@ CUT = 2  # prompts are run in two steps, so that the second reads the cache of t
 CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("groups", {}, (1, 2, 3)),
     ("more_shards_than_kv_heads", {"num_key_value_heads": 2}, (3, 4, 6)),
+    # Shards of 2, 3, 2 and 2 heads: the second has one head of a group and two of the next.
+    (
+        "unequal_parts_of_groups",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144},
+        (4,),
+    ),
     ("one_kv_head", {"num_key_value_heads": 1}, (1, 2, 5)),
     ("every_head_its_own_kv", {"num_key_value_heads": 6, "tie_word_embeddings": True}, (4,)),
     ("head_dim_80", {"head_dim": 80, "intermediate_size": 100}, (2,)),
