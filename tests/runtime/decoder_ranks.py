@@ -9,6 +9,7 @@ import torch
 from ranks import connect
 from torch.distributed import Store
 
+from kvshard.kernels.cpu.tape import Tape
 from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import parse_config
@@ -160,3 +161,33 @@ def reference(model: Any, prompts: list[list[int]]) -> tuple[dict[int, torch.Ten
                 (out[0] if isinstance(out, tuple) else out).reshape(len(prompt), -1)
             )
     return {i: torch.cat(parts).float() for i, parts in layers.items()}, torch.stack(logits)
+
+
+def decode(store: Store, rank: int, world_size: int, path: Path, recorded: bool) -> Any:
+    """`decode_steps` in a group of its own; numpy arrays."""
+    group = connect(store, rank, world_size)
+    hidden, num_played = decode_steps(group, path, recorded)
+    return [x.numpy() for x in hidden], num_played
+
+
+def decode_steps(group: Group, path: Path, recorded: bool = True) -> tuple[list[torch.Tensor], int]:
+    """What the LM head reads after each of ten decode steps, of five rows, of three, and of five again; and how many of
+    the steps were played. Rows have prompts of different lengths, so that tables, positions and lengths differ."""
+    worker = make_worker(path, group)
+    worker._steps._can_record &= recorded
+    chance = np.random.default_rng(1)
+    lengths = [3, 9, 4, 1, 6]
+    prompts = [chance.integers(3, 100, length).tolist() for length in lengths]
+    free = [chance.permutation(np.arange(1, num)).tolist() for num in worker.cache.group_blocks]
+    tables = {i: tuple(tuple(ids.pop() for _ in range(6)) for ids in free) for i in range(len(lengths))}
+    hidden = []
+    with (
+        torch.inference_mode(),
+        mock.patch.object(Tape, "play", autospec=True, side_effect=Tape.play) as play,
+    ):
+        for step in range(11):
+            slots = range(5) if step < 5 or step > 7 else (0, 2, 3)
+            rows = [(slot, chance.integers(3, 100, 1).tolist()) for slot in slots]
+            step_plan = plan(step, list(enumerate(prompts)) if step == 0 else rows, {} if step else tables)
+            hidden.append(worker._steps.forward(worker.slots.apply(step_plan)).clone())
+    return hidden[1:], play.call_count

@@ -1,0 +1,102 @@
+"""Played decode steps have the bits of those that run through Python, on one shard and on several."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from decoder_ranks import decode, decode_steps, make_worker, plan
+from family_models import make_family_model
+from models_factory import make_llama
+from ranks import connect, run_ranks
+from torch.distributed import Store
+
+from kvshard.parallel.group import Group, GroupError
+from kvshard.runtime.shard import recorded_steps
+
+NUM_PLAYED = 6  # of ten: five rows and three rows run once as they come, and once to be recorded
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("model") / "llama")
+
+
+def family(name: str, folder: Path) -> Path:
+    make_family_model(name).save_pretrained(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_windows", "qwen3", "phi3"])
+def test_one_shard(name: str, llama: Path, tmp_path: Path) -> None:
+    path = llama if name == "llama" else family(name, tmp_path)
+    plain, none = decode_steps(Group.single("cpu"), path, recorded=False)
+    played, num_played = decode_steps(Group.single("cpu"), path)
+    assert (none, num_played) == (0, NUM_PLAYED)
+    for step, (a, b) in enumerate(zip(plain, played, strict=True)):
+        assert torch.equal(a, b), f"step {step}"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_families_in_which_torch_computes_run_as_they_come(name: str, tmp_path: Path) -> None:
+    path = family(name, tmp_path)
+    plain, _ = decode_steps(Group.single("cpu"), path, recorded=False)
+    others, num_played = decode_steps(Group.single("cpu"), path)
+    assert num_played == 0
+    assert all(torch.equal(a, b) for a, b in zip(plain, others, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_shards(world_size: int, llama: Path) -> None:
+    plain = run_ranks(decode, world_size, llama, False)
+    played = run_ranks(decode, world_size, llama, True)
+    for (expected, none), (got, num_played) in zip(plain, played, strict=True):
+        assert (none, num_played) == (0, NUM_PLAYED)
+        assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("stale", ["token_ids", "positions", "slot_mappings", "context_lens", "block_tables"])
+def test_each_input_counts(stale: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input that is not copied for a play shows."""
+    plain, _ = decode_steps(Group.single("cpu"), llama, recorded=False)
+    take = recorded_steps._Step.take
+
+    def forget(step: recorded_steps._Step, inputs: recorded_steps.StepInputs) -> None:
+        own = step.inputs
+        place = {
+            "token_ids": own.token_ids,
+            "positions": own.positions,
+            "slot_mappings": own.slot_mappings[0],
+            "context_lens": own.attention[0].context_lens,
+            "block_tables": own.attention[0].block_tables,
+        }[stale]
+        before = place.clone()
+        take(step, inputs)
+        place.copy_(before if hasattr(step, "hidden") else place)
+
+    monkeypatch.setattr(recorded_steps._Step, "take", forget)
+    played, num_played = decode_steps(Group.single("cpu"), llama)
+    assert num_played == NUM_PLAYED
+    assert not all(torch.equal(a, b) for a, b in zip(plain, played, strict=True))
+
+
+def leave(store: Store, rank: int, world_size: int, path: Path) -> tuple[str, int] | None:
+    group = connect(store, rank, world_size)
+    worker = make_worker(path, group)
+    tables = {0: tuple(tuple(range(1, 7)) for _ in worker.cache.group_blocks)}
+    with torch.inference_mode():
+        for step in range(4):
+            worker._steps.forward(worker.slots.apply(plan(step, [(0, [5])], {} if step else tables)))
+        begun = group._transport.sequence  # type: ignore[union-attr]
+        if rank == 1:
+            group.abort("enough")
+            return None
+        with pytest.raises(GroupError) as caught:
+            worker._steps.forward(worker.slots.apply(plan(4, [(0, [5])], {})))
+    assert "enough" in str(caught.value)
+    return caught.value.where, caught.value.sequence - begun
+
+
+def test_a_play_that_a_rank_has_left_says_where(llama: Path) -> None:
+    told, _ = run_ranks(leave, 2, llama)
+    assert told == ("embedding", 1)
