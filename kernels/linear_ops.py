@@ -63,16 +63,17 @@ def linear(
     return F.linear(x, weight.values, bias).to(dtype)
 
 
-def embedding(ids: Tensor, weight: LinearWeight, first_row: int = 0) -> Tensor:
-    """Returns rows of a weight, as they were before it was packed, and zeros for ids whose rows are elsewhere.
+def embedding(ids: Tensor, weight: LinearWeight, first_row: int = 0, scale: float = 1.0) -> Tensor:
+    """Returns rows of a weight, as they were before it was packed, times `scale`, and zeros for ids whose rows are elsewhere.
 
     ids        integers of any shape
     first_row  the id of the weight's first row
+    scale      in the weight's dtype; the product is rounded once
     returns    [*ids.shape, K], dtype of the weight
     """
     values = weight.values
     if values.device.type == "cpu":
-        found = cpu.rows(ids, values, weight.packed, first_row)
+        found = cpu.rows(ids, values, weight.packed, first_row, scale)
         if found is not None:
             return found
     num_rows, width = values.shape
@@ -81,4 +82,5 @@ def embedding(ids: Tensor, weight: LinearWeight, first_row: int = 0) -> Tensor:
     local = ids - first_row
     elsewhere = (local < 0) | (local >= num_rows)
     y = F.embedding(local.masked_fill_(elsewhere, 0), values)
-    return y.masked_fill_(elsewhere.unsqueeze(-1), 0)
+    y = y.masked_fill_(elsewhere.unsqueeze(-1), 0)
+    return y if scale == 1 else y.mul_(scale)

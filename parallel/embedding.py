@@ -12,7 +12,8 @@ from .group import Group
 class VocabParallelEmbedding:
     """Rows of the embedding table by token id; each rank has the ids in `vocab_rows`.
 
-    A rank puts zeros where another rank owns the id, so the sum over ranks is the lookup, exactly: x + 0 = x.
+    A rank puts zeros where another rank owns the id, so the sum over ranks is the lookup, exactly: x + 0 = x. Every
+    number is multiplied by `scale`.
 
     | tensor    | shape                  | placement                                  |
     |-----------|------------------------|--------------------------------------------|
@@ -21,16 +22,18 @@ class VocabParallelEmbedding:
     | y         | [R, hidden]            | the same on all ranks, dtype of the weight |
     """
 
-    def __init__(self, weight: LinearWeight, vocab_rows: range, group: Group) -> None:
+    def __init__(self, weight: LinearWeight, vocab_rows: range, group: Group, scale: float = 1.0) -> None:
         assert len(weight.shape) == 2, f"weight must be [vocab_local, hidden], got {tuple(weight.shape)}"
         assert vocab_rows.step == 1, "vocab_rows must be contiguous"
         assert len(vocab_rows) == weight.shape[0], f"{len(vocab_rows)} rows, weight {tuple(weight.shape)}"
         self.weight = weight
         self.vocab_rows = vocab_rows
         self.group = group
+        self.scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        return self.group.all_reduce(embedding(token_ids, self.weight, self.vocab_rows.start), "embedding")
+        local = embedding(token_ids, self.weight, self.vocab_rows.start, self.scale)
+        return self.group.all_reduce(local, "embedding")
 
 
 class LMHead:

@@ -57,6 +57,7 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         2**-7,
         "as in float32, then one rounding to bfloat16, of a sum that may lie on the other side of a tie",
     ),
+    ("product", torch.float16): Tolerance(2e-4, 2**-10, "as in float32, then one rounding to float16"),
     ("hidden", torch.float32): Tolerance(
         1e-4, 1e-5, "two layers of float32 products over up to 480 terms, values up to 20, against float64"
     ),

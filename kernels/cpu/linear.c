@@ -174,10 +174,20 @@ struct rows {
     const void *w;
     const int64_t *ids;
     void *out;
-    int64_t num_ids, first_row, n, k, number_bytes, packed;
+    int64_t num_ids, first_row, n, k, number_bytes, packed, format;
+    float scale;  // 1: numbers of any format are copied
 };
 
-// out[i] = row ids[i] - first_row of W, or zeros where W has no such row.
+static void scale_numbers(const struct rows *a, void *out) {
+    for (int64_t c = 0; c < a->k; c++) {
+        float x = number(a->format, out, c) * a->scale;
+        if (a->format == FLOAT32) ((float *)out)[c] = x;
+        else if (a->format == BFLOAT16) ((uint16_t *)out)[c] = to_bf16(x);
+        else ((_Float16 *)out)[c] = (_Float16)x;
+    }
+}
+
+// out[i] = row ids[i] - first_row of W times the scale, or zeros where W has no such row.
 int linear_rows(const struct rows *a) {
     int64_t row_bytes = a->k * a->number_bytes;
     for (int64_t i = 0; i < a->num_ids; i++) {
@@ -194,10 +204,10 @@ int linear_rows(const struct rows *a) {
             pairs += in_chunk / SIDE * SIDE * CHUNK + in_chunk % SIDE * 2;
             for (int64_t pair = 0; pair < a->k / 2; pair++)
                 memcpy(out + 4 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
-            continue;
-        }
+        } else
 #endif
-        memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
+            memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
+        if (a->scale != 1) scale_numbers(a, out);
     }
     return 0;
 }

@@ -33,7 +33,8 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("w", "ids", "out")),
-        *((name, _INT) for name in ("num_ids", "first_row", "n", "k", "number_bytes", "packed")),
+        *((name, _INT) for name in ("num_ids", "first_row", "n", "k", "number_bytes", "packed", "format")),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -88,10 +89,10 @@ def linear(x: Tensor, weight: Tensor, packed: bool, bias: Tensor | None, dtype: 
     return out
 
 
-def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int) -> Tensor | None:
+def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int, scale: float) -> Tensor | None:
     """See `linear_ops.embedding`; None where there is no compiler."""
     library = _library()
-    if library is None or not weight.is_contiguous():
+    if library is None or weight.dtype not in _DTYPES or not weight.is_contiguous():
         assert not packed, "see can_pack"
         return None
     if ids.dtype != torch.int64 or not ids.is_contiguous():
@@ -108,6 +109,8 @@ def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int) -> Tensor | 
         width,
         weight.element_size(),
         packed,
+        FORMAT_CODES[weight.dtype],
+        scale,
     )
     call(library.linear_rows, arguments, no_memory)
     return out

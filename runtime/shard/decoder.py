@@ -63,14 +63,13 @@ class Decoder:
         self._logit_soft_cap = spec.logit_soft_cap
         self._activation = ACTIVATIONS[spec.activation]
         self._heads = ops.HeadLayout(shard.q_per_kv)
-        self._embed = VocabParallelEmbedding(
-            head if tied else LinearWeight(weights["embed"]), shard.vocab_rows, group
-        )
         self._final_norm = weights["final_norm"]
-        self._embedding_scale = (
-            None
-            if spec.embedding_scale is None
-            else torch.tensor(spec.embedding_scale, dtype=self._final_norm.dtype).item()
+        scale = 1.0 if spec.embedding_scale is None else spec.embedding_scale
+        self._embed = VocabParallelEmbedding(
+            head if tied else LinearWeight(weights["embed"]),
+            shard.vocab_rows,
+            group,
+            torch.tensor(scale, dtype=self._final_norm.dtype).item(),
         )
         self._lm_head = LMHead(head)
         tables = {
@@ -84,8 +83,6 @@ class Decoder:
     def forward(self, inputs: StepInputs, cache: KVCache) -> Tensor:
         """What the LM head reads, [T, H]: the last layer's output, normed."""
         residual = self._embed(inputs.token_ids)  # [T, H]
-        if self._embedding_scale is not None:
-            residual *= self._embedding_scale
         norm = self._layers[0].attention_norm
         hidden = residual if norm is None else ops.rms_norm(residual, norm, self._eps)
         for i, layer in enumerate(self._layers):

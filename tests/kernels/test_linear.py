@@ -10,7 +10,8 @@ from ..tolerances import assert_within
 
 TOKENS = (1, 5, 16, 17, 32, 33, 70)  # tiles are of 16 and 32
 ROWS = (7, 32, 83, 960)
-WIDTHS = (32, 96, 576)
+WIDTHS = (32, 96, 100, 576)
+IN_C = 64  # tokens up to which a plain weight is read in C
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -34,16 +35,20 @@ needs_matrix_unit = pytest.mark.skipif(
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_rows", ROWS)
-@pytest.mark.parametrize("taken", [True, False], ids=["taken", "plain"])
-def test_products(taken: bool, num_rows: int, width: int) -> None:
-    w, bias = numbers(num_rows, width, seed=1), numbers(num_rows, seed=2)
+@pytest.mark.parametrize(
+    ("taken", "dtype"),
+    [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32), (False, torch.float16)],
+    ids=["taken", "plain", "float32", "float16"],
+)
+def test_products(taken: bool, dtype: torch.dtype, num_rows: int, width: int) -> None:
+    w, bias = numbers(num_rows, width, seed=1).to(dtype), numbers(num_rows, seed=2).to(dtype)
     weight = LinearWeight.take(w.clone()) if taken else LinearWeight(w)
     for tokens in TOKENS:
-        x = numbers(tokens, width, seed=3)
+        x = numbers(tokens, width, seed=3).to(dtype)
         expected = exact(x, w, bias)
-        assert_within(linear(x, weight, bias), expected.bfloat16(), "product")
-        assert_within(linear(x, weight), exact(x, w, torch.zeros(num_rows)).bfloat16(), "product")
-        if weight.packed:  # torch rounds to bfloat16 first
+        assert_within(linear(x, weight, bias), expected.to(dtype), "product")
+        assert_within(linear(x, weight), exact(x, w, torch.zeros(num_rows)).to(dtype), "product")
+        if weight.packed or tokens <= IN_C:  # torch rounds to the dtype first
             assert_within(linear(x, weight, bias, dtype=torch.float32), expected.float(), "product")
 
 
@@ -65,15 +70,20 @@ def test_any_wrong_number_is_seen() -> None:
         assert_differs(linear(wrong, LinearWeight.take(w.clone()), bias), expected)
 
 
-@needs_matrix_unit
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, marks=needs_matrix_unit), torch.float32, torch.float16],
+    ids=["packed", "float32", "float16"],
+)
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_token_has_the_same_bits_in_any_batch(num_threads: int) -> None:
-    weight, x = LinearWeight.take(numbers(83, 576, seed=1)), numbers(70, 576, seed=3)
+def test_a_token_has_the_same_bits_in_any_batch(num_threads: int, dtype: torch.dtype) -> None:
+    tokens = 70 if dtype is torch.bfloat16 else IN_C
+    weight, x = LinearWeight.take(numbers(83, 576, seed=1).to(dtype)), numbers(tokens, 576, seed=3).to(dtype)
     whole = linear(x, weight, dtype=torch.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        for begin, end in ((0, 1), (16, 17), (5, 38), (40, 70), (0, 70)):
+        for begin, end in ((0, 1), (16, 17), (5, 38), (40, tokens), (0, tokens)):
             assert torch.equal(linear(x[begin:end], weight, dtype=torch.float32), whole[begin:end])
     finally:
         torch.set_num_threads(before)
@@ -98,9 +108,10 @@ def test_rows_of_any_stride() -> None:
     assert_within(got, exact(x, w, bias).bfloat16(), "product")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", ROWS)
-def test_embedding(num_rows: int) -> None:
-    w = numbers(num_rows, 96)
+def test_embedding(num_rows: int, dtype: torch.dtype) -> None:
+    w = numbers(num_rows, 96).to(dtype)
     weight = LinearWeight.take(w.clone())
     for ids in (
         torch.arange(num_rows),
@@ -108,6 +119,20 @@ def test_embedding(num_rows: int) -> None:
         torch.empty(0).long(),
     ):
         assert torch.equal(embedding(ids, weight), w[ids.long()])
+        assert torch.equal(embedding(ids, weight, scale=1.5), w[ids.long()] * 1.5)
+    ids = torch.tensor([9, 10, 10 + num_rows - 1, 10 + num_rows])  # of rows 10 to 10 + num_rows - 1
+    none = torch.zeros(1, 96, dtype=dtype)
+    assert torch.equal(embedding(ids, weight, 10), torch.cat((none, w[[0, -1]], none)))
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvshard.kernels.cpu.linear._library", lambda: None)
+    w, bias, x = numbers(83, 96, seed=1), numbers(83, seed=2), numbers(33, 96, seed=3)
+    weight = LinearWeight.take(w)
+    assert not weight.packed
+    assert_within(linear(x, weight, bias), exact(x, w, bias).bfloat16(), "product")
+    none = torch.zeros(1, 96).bfloat16()
+    assert torch.equal(embedding(torch.tensor([9, 12]), weight, 10, 2.0), torch.cat((none, w[2:3] * 2)))
 
 
 def test_what_is_not_packed() -> None:
