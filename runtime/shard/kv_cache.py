@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...kernels.host import to_device
+from ...kernels.host import prefer_huge_pages, to_device
 from ...kernels.ops import CacheFormat, KVLayer
 from ...parallel.shard_map import Shard
 from ..coordinator.plan import CopiedBlock
@@ -38,6 +38,9 @@ class KVCache:
             KVLayer.empty(format, (group_blocks[group], heads, block_size, spec.head_dim), dtype, device)
             for group in self._groups
         ]
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                prefer_huge_pages(tensor)
 
     @property
     def num_layer_blocks(self) -> int:

@@ -2,9 +2,10 @@
 
 import torch
 
+from ...kernels.host import prefer_huge_pages
 from ...parallel.shard_map import Shard
 from ..models.checkpoint import Checkpoint
-from ..models.parameters import local_parameters
+from ..models.parameters import Parameter, local_parameters
 from ..models.spec import ModelSpec
 
 
@@ -15,16 +16,32 @@ def load_weights(
 
     Peak memory is the parameters themselves plus one chunk of a few MiB on the host.
     """
+    parameters = local_parameters(spec, shard)
     weights: dict[str, torch.Tensor] = {}
-    for parameter in local_parameters(spec, shard):
+    for parameter, tensor in zip(parameters, _allocate(parameters, dtype, device), strict=True):
         if parameter.alias_of is not None:
             weights[parameter.name] = weights[parameter.alias_of]
             continue
+        weights[parameter.name] = tensor
         # A sum is rounded once, so it is made in float32 (norms of Gemma; small).
-        read_as = torch.float32 if parameter.added else dtype
-        tensor = torch.empty(parameter.shape, dtype=read_as, device=device)
+        read = torch.empty_like(tensor, dtype=torch.float32) if parameter.added else tensor
         for piece in parameter.pieces:
-            target = tensor.narrow(piece.axis, piece.offset, len(piece.indices))
+            target = read.narrow(piece.axis, piece.offset, len(piece.indices))
             checkpoint.read_into(target, piece.tensor, piece.axis, piece.indices)
-        weights[parameter.name] = (tensor + parameter.added).to(dtype) if parameter.added else tensor
+        if parameter.added:
+            tensor.copy_(read + parameter.added)
     return weights
+
+
+def _allocate(parameters: list[Parameter], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Empty tensors. On CPU they lie one behind the other, in large pages: a decode step reads them all, in this order."""
+    if device.type != "cpu":
+        return [torch.empty(parameter.shape, dtype=dtype, device=device) for parameter in parameters]
+    sizes = [parameter.num_elements for parameter in parameters]
+    memory = torch.empty(sum(sizes), dtype=dtype)
+    prefer_huge_pages(memory)
+    parts = memory.split(sizes)
+    return [
+        part.view(parameter.shape) if parameter.alias_of is None else part
+        for parameter, part in zip(parameters, parts, strict=True)
+    ]
