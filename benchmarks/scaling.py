@@ -45,8 +45,14 @@ class Point:
         ]
         self.step_ms: list[float] = []
 
+    def fill_cache(self, llm: LLM) -> None:
+        self._run(llm, 1)
+
     def measure(self, llm: LLM) -> None:
         first, whole = (self._run(llm, count) for count in (1, 1 + STEPS))
+        assert first < whole, (
+            f"{self.axis} {self.value}: the prompts of the shorter run were not in the cache"
+        )
         self.step_ms.append(round((whole - first) / STEPS * 1e3, 3))
 
     def _run(self, llm: LLM, count: int) -> float:
@@ -65,7 +71,9 @@ def points_by_size() -> dict[int, list[Point]]:
 
 
 def start(size: int, model: Path) -> LLM:
-    tokens = sum(LENGTHS) + max(BATCHES) * (SHORT + STEPS) + FEW * (SHORT + STEPS)
+    tokens = sum(LENGTHS) + (sum(BATCHES) + FEW) * (
+        SHORT + 2 * BLOCK
+    )  # of all points: every prompt stays in the cache
     return LLM(
         model,
         dtype="bfloat16",
@@ -112,9 +120,10 @@ def main() -> None:
         try:
             for repeat in range(-1, arguments.repeats):
                 for point in own:
-                    point.measure(llm)
-                    if repeat < 0:  # fills the prefix cache
-                        point.step_ms.clear()
+                    if repeat < 0:
+                        point.fill_cache(llm)
+                    else:
+                        point.measure(llm)
         finally:
             llm.close()
         points += own

@@ -47,7 +47,7 @@ def linear(
     x        [T, K], dtype of the weight, rows of adjacent elements
     weight   [N, K]
     bias     [N], dtype of x, or None
-    dtype    of the result: that of x (None) or float32; torch rounds to the dtype of x first, packed products do not
+    dtype    of the result: that of x (None) or float32; torch (see above) rounds to the dtype of x first, the others do not
     returns  [T, N], contiguous
     """
     num_rows, width = weight.shape
@@ -55,6 +55,7 @@ def linear(
     check_rows("x", x)
     if bias is not None:
         check("bias", bias, (num_rows,), x, x.dtype)
+        check_rows("bias", bias)
     if dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"dtype: expected {x.dtype} or {torch.float32}, got {dtype}")
     dtype = dtype or x.dtype
@@ -63,11 +64,12 @@ def linear(
     return F.linear(x, weight.values, bias).to(dtype)
 
 
-def embedding(ids: Tensor, weight: LinearWeight, first_row: int = 0, scale: float = 1.0) -> Tensor:
-    """Returns rows of a weight, as they were before it was packed, times `scale`, and zeros for ids whose rows are elsewhere.
+def embedding(ids: Tensor, weight: LinearWeight, first_row: int | None = None, scale: float = 1.0) -> Tensor:
+    """Returns rows of a weight, as they were before it was packed, times `scale`.
 
     ids        integers of any shape
-    first_row  the id of the weight's first row
+    first_row  the id of the weight's first row, where others are elsewhere: ids of those give zeros. None: the weight is
+               whole, and another id is an IndexError (on CUDA, whose host does not look at them, one of the device's)
     scale      in the weight's dtype; the product is rounded once
     returns    [*ids.shape, K], dtype of the weight
     """
@@ -77,10 +79,12 @@ def embedding(ids: Tensor, weight: LinearWeight, first_row: int = 0, scale: floa
         if found is not None:
             return found
     num_rows, width = values.shape
-    if num_rows == 0:
+    if first_row is None:
+        y = F.embedding(ids, values)
+    elif num_rows == 0:
         return values.new_zeros(*ids.shape, width)
-    local = ids - first_row
-    elsewhere = (local < 0) | (local >= num_rows)
-    y = F.embedding(local.masked_fill_(elsewhere, 0), values)
-    y = y.masked_fill_(elsewhere.unsqueeze(-1), 0)
+    else:
+        local = ids - first_row
+        elsewhere = (local < 0) | (local >= num_rows)
+        y = F.embedding(local.masked_fill_(elsewhere, 0), values).masked_fill_(elsewhere.unsqueeze(-1), 0)
     return y if scale == 1 else y.mul_(scale)

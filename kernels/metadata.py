@@ -137,10 +137,10 @@ class AttentionMetadata:
 
     def refill(self, context_lens: Int32Array, block_tables: Tensor) -> None:
         """Makes this the metadata of another step with as many rows and the same query lengths, in the same device
-        memory: for a captured CUDA graph, which reads from fixed addresses and launches fixed grids.
+        memory: for a recorded step or a captured CUDA graph, which read from fixed addresses and launch fixed grids.
 
-        The metadata were built with the longest contexts of all the steps to come, and the back end has made its
-        plans for them (attention was called before). The host does not wait.
+        The metadata were built with the longest contexts of all the steps to come; plans that the back end has made for
+        them are rewritten. The host does not wait.
 
         context_lens  [R] int32 on the host, none longer than when built
         block_tables  [R, max_blocks] int32 on the device, no wider than when built

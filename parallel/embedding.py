@@ -32,7 +32,8 @@ class VocabParallelEmbedding:
         self.scale = scale
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        local = embedding(token_ids, self.weight, self.vocab_rows.start, self.scale)
+        first_row = None if self.group.world_size == 1 else self.vocab_rows.start
+        local = embedding(token_ids, self.weight, first_row, self.scale)
         return self.group.all_reduce(local, "embedding")
 
 

@@ -1,6 +1,6 @@
 """Linear layers whose weight is split over the ranks of a group.
 
-They hold plain tensors and are given their group: a layer can be built and tested without any process group.
+They hold their weights and are given their group: a layer can be built and tested without any process group.
 The split follows Megatron-LM (Shoeybi et al., 2019, https://arxiv.org/abs/1909.08053): a column-parallel layer
 needs no communication, the row-parallel layer behind it needs one sum.
 """

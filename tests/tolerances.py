@@ -62,6 +62,11 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
         1e-4, 1e-5, "two layers of float32 products over up to 480 terms, values up to 20, against float64"
     ),
     ("logits", torch.float32): Tolerance(2e-4, 1e-5, "as hidden, and one product more over the hidden size"),
+    ("logits in bfloat16", torch.float32): Tolerance(
+        0.5,
+        0.05,
+        "two layers whose every result is rounded to 8 bits; logits of the tiny models reach 20, those of other rows are far",
+    ),
     ("logits of a quantised cache", torch.float32): Tolerance(
         1e-2,
         1e-3,

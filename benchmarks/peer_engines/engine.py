@@ -3,7 +3,8 @@
     python engine.py NAME MODEL SETTINGS      SETTINGS is JSON: dtype, size, threads
 
 Runs in the Python that has the engine installed, so of this repository only kvshard itself imports more than the
-standard library. A line {"workload": "W1", "repeat": 3} is answered by {"seconds": [...], "token_ids": ...}.
+standard library. A line {"workload": "W1", "repeat": 3} is answered by the seconds of its calls
+and a digest of the tokens: {"seconds": [...], "tokens": "..."}.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def load(name: str, *flags: str) -> ctypes.CDLL | None:
     library = load_library(Path(__file__).with_name(name), *flags)
     if library is None:
         warnings.warn(
-            "no C compiler was found (cc, gcc or clang): CPU attention runs in torch, many times slower",
+            "no C compiler was found (cc, gcc or clang): on CPU attention and other operations run in torch, many times slower",
             stacklevel=2,
         )
     return library

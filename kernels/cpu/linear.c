@@ -174,7 +174,7 @@ struct rows {
     const void *w;
     const int64_t *ids;
     void *out;
-    int64_t num_ids, first_row, n, k, number_bytes, packed, format;
+    int64_t num_ids, first_row, whole, n, k, number_bytes, packed, format;  // whole: W has all rows that there are
     float scale;  // 1: numbers of any format are copied
 };
 
@@ -187,13 +187,14 @@ static void scale_numbers(const struct rows *a, void *out) {
     }
 }
 
-// out[i] = row ids[i] - first_row of W times the scale, or zeros where W has no such row.
+// out[i] = row ids[i] - first_row of W times the scale. Where W has no such row: zeros, or 2 is returned if it is whole.
 int linear_rows(const struct rows *a) {
     int64_t row_bytes = a->k * a->number_bytes;
     for (int64_t i = 0; i < a->num_ids; i++) {
         uint8_t *out = (uint8_t *)a->out + i * row_bytes;
         int64_t row = a->ids[i] - a->first_row;
         if (row < 0 || row >= a->n) {
+            if (a->whole) return 2;
             memset(out, 0, (size_t)row_bytes);
             continue;
         }

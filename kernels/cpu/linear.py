@@ -33,7 +33,8 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("w", "ids", "out")),
-        *((name, _INT) for name in ("num_ids", "first_row", "n", "k", "number_bytes", "packed", "format")),
+        *((name, _INT) for name in ("num_ids", "first_row", "whole", "n", "k")),
+        *((name, _INT) for name in ("number_bytes", "packed", "format")),
         ("scale", ctypes.c_float),
     )
 
@@ -89,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, packed: bool, bias: Tensor | None, dtype: 
     return out
 
 
-def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int, scale: float) -> Tensor | None:
+def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int | None, scale: float) -> Tensor | None:
     """See `linear_ops.embedding`; None where there is no compiler."""
     library = _library()
     if library is None or weight.dtype not in _DTYPES or not weight.is_contiguous():
@@ -104,7 +105,8 @@ def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int, scale: float
         ids.data_ptr(),
         out.data_ptr(),
         ids.numel(),
-        first_row,
+        first_row or 0,
+        first_row is None,
         num_rows,
         width,
         weight.element_size(),
@@ -112,5 +114,5 @@ def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int, scale: float
         FORMAT_CODES[weight.dtype],
         scale,
     )
-    call(library.linear_rows, arguments, no_memory)
+    call(library.linear_rows, arguments, lambda status: IndexError(f"an id outside of {num_rows} rows"))
     return out

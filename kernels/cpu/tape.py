@@ -1,6 +1,6 @@
 """Steps that are all C calls, noted once and then played again without Python: what a CUDA graph is on a GPU.
 
-Every C function of the CPU back end takes the address of one struct, and returns 0 or what went wrong. Between two
+Every C function that is called through here takes the address of one struct, and returns 0 or what went wrong. Between two
 plays only the contents of tensors may change: their places, shapes and the number of threads are noted. A step in which
 torch computes anything is no such step.
 """
@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .library import load
 Failed = Callable[[int], Exception]
 """What to raise for a status other than 0."""
 
-# Of torch's operations, those that only make views, or memory to be filled.
+# Of torch's operations, those that only make views (and empty tensors of no elements).
 _HARMLESS = frozenset(
     f"aten::{name}"
     for name in (
@@ -51,17 +52,23 @@ class _Call(ctypes.Structure):
 
 class Arena:
     """Memory for the results of noted calls. What a step has let go of is used again by its later calls, as in any step,
-    but stays here when all of it is: plays need it. Tapes that are never played at the same time may share an arena."""
+    but stays here when all of it is: plays need it. Tapes may share an arena if nobody reads what one returned after
+    another was played. Sizes are powers of two, so that all of them together need little more than the largest step."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Any]] = defaultdict(list)
+        self.num_bytes = 0  # of all pieces, free or not
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             return torch.empty(shape, dtype=dtype)
-        kept = self._free[num_bytes]
-        memory = kept.pop() if kept else (ctypes.c_uint8 * (num_bytes + _ALIGNMENT))()
+        size = 1 << (num_bytes - 1).bit_length()
+        kept = self._free[size]
+        if not kept:
+            kept.append((ctypes.c_uint8 * (size + _ALIGNMENT))())
+            self.num_bytes += size
+        memory = kept.pop()
         start = -ctypes.addressof(memory) % _ALIGNMENT
         # A new object each time: it goes when the last tensor on this memory goes.
         piece = (ctypes.c_uint8 * num_bytes).from_buffer(memory, start)
@@ -146,13 +153,19 @@ class _Watch(TorchDispatchMode):
         self._tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name not in _HARMLESS:
-            self._tape.foreign = func._schema.name
-        return func(*args, **(kwargs or {}))
+        name, out = func._schema.name, func(*args, **(kwargs or {}))
+        fills_memory = (
+            name == "aten::empty" and out.numel() > 0
+        )  # which would be gone when the tape is played
+        if name not in _HARMLESS or fills_memory:
+            self._tape.foreign = name
+        return out
 
 
+@cache
 def _player() -> ctypes.CDLL:
     library = load("tape.c")
     assert library is not None, "what was recorded was compiled"
+    library.tape_play.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.tape_play.restype = ctypes.c_int64
     return library

@@ -1,4 +1,4 @@
-"""Decode steps that are recorded the second time they come, and from then on played without Python."""
+"""Decode steps that are recorded the second time in a row that they come, and from then on played without Python."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from .slots import StepInputs
 
 class RecordedSteps:
     """Runs the decoder. Steps of one token a row are alike but for what their input tensors hold, so each number of rows
-    is recorded once, on tensors that stay in their place. Other steps run as they come, and so do models in which torch
+    is recorded once, at its second step in a row, on tensors that stay in their place. Other steps run as they come, and so do models in which torch
     computes something, groups whose collectives are not C calls, and hosts without a compiler."""
 
     def __init__(

@@ -52,7 +52,7 @@ def test_a_play_follows_its_inputs(dtype: torch.dtype) -> None:
 
 
 def test_results_outlive_other_tapes_of_the_arena() -> None:
-    """What a tape returned is not overwritten while it is held."""
+    """What a tape returned is not overwritten by recording another one, while it is held."""
     arena, step = tape.Arena(), Step(torch.float32)
     results = []
     for ids in ([1, 2, 3], [4, 5, 6]):
@@ -73,6 +73,7 @@ def test_results_outlive_other_tapes_of_the_arena() -> None:
         ("aten::add", lambda x: x + 1),
         ("aten::mul_", lambda x: x.mul_(2)),
         ("aten::clone", lambda x: x.clone()),
+        ("aten::empty", lambda x: torch.empty(4)),
         ("aten::index", lambda x: x[torch.tensor([0])]),
         ("aten::copy_", lambda x: x.copy_(x)),
         ("aten::linear|aten::addmm|aten::mm", lambda x: torch.nn.functional.linear(x, x)),
@@ -143,6 +144,16 @@ def test_memory_is_used_again_once_nothing_lies_on_it() -> None:
     assert arena.empty((2, 16), torch.float32).data_ptr() == place
     assert place % 64 == other.data_ptr() % 64 == 0
     assert arena.empty((0, 3), torch.bfloat16).shape == (0, 3)
+
+
+def test_many_sizes_share_their_memory() -> None:
+    """Steps of 1 to 64 rows, one after the other, need little more than the one of 64."""
+    arena, largest = tape.Arena(), 0
+    for rows in range(1, 65):
+        held = [arena.empty((rows, width), torch.bfloat16) for width in (576, 3072, 1536)]
+        largest = sum(tensor.nbytes for tensor in held)
+        del held
+    assert arena.num_bytes < 5 * largest
 
 
 def test_a_tape_is_recorded_once_and_alone() -> None:

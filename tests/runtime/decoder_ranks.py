@@ -25,14 +25,16 @@ GREEDY = SlotSampling(
 )
 
 
-def make_worker(path: Path, group: Group, poison: bool = True, cache_dtype: str = "auto") -> Worker:
-    """A float32 worker with a small cache, filled with NaN: nothing may be read that was not written."""
+def make_worker(
+    path: Path, group: Group, poison: bool = True, cache_dtype: str = "auto", dtype: str = "float32"
+) -> Worker:
+    """A worker with a small cache, filled with NaN: nothing may be read that was not written."""
     config = parse_config(
         {
             "model": str(path),
             "tensor_parallel_size": group.world_size,
             "device": "cpu",
-            "dtype": "float32",
+            "dtype": dtype,
             "cache": {"block_size": BLOCK_SIZE, "dtype": cache_dtype},
             "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
         },
@@ -163,24 +165,27 @@ def reference(model: Any, prompts: list[list[int]]) -> tuple[dict[int, torch.Ten
     return {i: torch.cat(parts).float() for i, parts in layers.items()}, torch.stack(logits)
 
 
-def decode(store: Store, rank: int, world_size: int, path: Path, recorded: bool) -> Any:
+def decode(
+    store: Store, rank: int, world_size: int, path: Path, recorded: bool, dtype: str = "float32"
+) -> Any:
     """`decode_steps` in a group of its own; numpy arrays."""
-    group = connect(store, rank, world_size)
-    hidden, num_played = decode_steps(group, path, recorded)
-    return [x.numpy() for x in hidden], num_played
+    logits, num_played = decode_steps(connect(store, rank, world_size), path, recorded, dtype)
+    return [x.numpy() for x in logits], num_played
 
 
-def decode_steps(group: Group, path: Path, recorded: bool = True) -> tuple[list[torch.Tensor], int]:
-    """What the LM head reads after each of ten decode steps, of five rows, of three, and of five again; and how many of
-    the steps were played. Rows have prompts of different lengths, so that tables, positions and lengths differ."""
-    worker = make_worker(path, group)
+def decode_steps(
+    group: Group, path: Path, recorded: bool = True, dtype: str = "float32", cache_dtype: str = "auto"
+) -> tuple[list[torch.Tensor], int]:
+    """This rank's logits of each of ten decode steps, of five rows, of three, and of five again; and how many of the
+    steps were played. Rows have prompts of different lengths, so that tables, positions and lengths differ."""
+    worker = make_worker(path, group, dtype=dtype, cache_dtype=cache_dtype)
     worker._steps._can_record &= recorded
     chance = np.random.default_rng(1)
     lengths = [3, 9, 4, 1, 6]
     prompts = [chance.integers(3, 100, length).tolist() for length in lengths]
     free = [chance.permutation(np.arange(1, num)).tolist() for num in worker.cache.group_blocks]
     tables = {i: tuple(tuple(ids.pop() for _ in range(6)) for ids in free) for i in range(len(lengths))}
-    hidden = []
+    logits = []
     with (
         torch.inference_mode(),
         mock.patch.object(Tape, "play", autospec=True, side_effect=Tape.play) as play,
@@ -189,5 +194,6 @@ def decode_steps(group: Group, path: Path, recorded: bool = True) -> tuple[list[
             slots = range(5) if step < 5 or step > 7 else (0, 2, 3)
             rows = [(slot, chance.integers(3, 100, 1).tolist()) for slot in slots]
             step_plan = plan(step, list(enumerate(prompts)) if step == 0 else rows, {} if step else tables)
-            hidden.append(worker._steps.forward(worker.slots.apply(step_plan)).clone())
-    return hidden[1:], play.call_count
+            hidden = worker._steps.forward(worker.slots.apply(step_plan))
+            logits.append(worker.decoder.logits(hidden).clone())
+    return logits[1:], play.call_count

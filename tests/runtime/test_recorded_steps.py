@@ -9,6 +9,7 @@ from decoder_ranks import decode, decode_steps, make_worker, plan
 from family_models import make_family_model
 from models_factory import make_llama
 from ranks import connect, run_ranks
+from tolerances import assert_within
 from torch.distributed import Store
 
 from kvshard.parallel.group import Group, GroupError
@@ -27,14 +28,36 @@ def family(name: str, folder: Path) -> Path:
     return folder / name
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_windows", "qwen3", "gemma2", "gemma3", "phi3"])
-def test_one_shard(name: str, llama: Path, tmp_path: Path) -> None:
-    path = llama if name == "llama" else family(name, tmp_path)
-    plain, none = decode_steps(Group.single("cpu"), path, recorded=False)
-    played, num_played = decode_steps(Group.single("cpu"), path)
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_shard(dtype: str, cache_dtype: str, llama: Path) -> None:
+    plain, none = decode_steps(Group.single("cpu"), llama, False, dtype, cache_dtype)
+    played, num_played = decode_steps(Group.single("cpu"), llama, True, dtype, cache_dtype)
     assert (none, num_played) == (0, NUM_PLAYED)
     for step, (a, b) in enumerate(zip(plain, played, strict=True)):
         assert torch.equal(a, b), f"step {step}"
+
+
+@pytest.mark.parametrize("name", ["qwen2_windows", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_families(name: str, tmp_path: Path) -> None:
+    path = family(name, tmp_path)
+    plain, _ = decode_steps(Group.single("cpu"), path, recorded=False)
+    played, num_played = decode_steps(Group.single("cpu"), path)
+    assert num_played == NUM_PLAYED
+    assert all(torch.equal(a, b) for a, b in zip(plain, played, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_bfloat16_is_near_float32(tied: bool, tmp_path: Path) -> None:
+    """Weights that are packed in place, of which one may be the embedding too, are still those of the model."""
+    path = make_llama(tmp_path, tie_word_embeddings=tied)
+    exact, _ = decode_steps(Group.single("cpu"), path)
+    rounded, num_played = decode_steps(Group.single("cpu"), path, dtype="bfloat16")
+    assert num_played == NUM_PLAYED
+    for a, b in zip(exact, rounded, strict=True):
+        assert_within(b, a, "logits in bfloat16")
+        with pytest.raises(AssertionError, match="not close"):
+            assert_within(b, a.roll(1, 0), "logits in bfloat16")
 
 
 def test_a_family_in_which_torch_computes_runs_as_it_comes(tmp_path: Path) -> None:
@@ -45,10 +68,10 @@ def test_a_family_in_which_torch_computes_runs_as_it_comes(tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(plain, others, strict=True))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_several_shards(world_size: int, llama: Path) -> None:
-    plain = run_ranks(decode, world_size, llama, False)
-    played = run_ranks(decode, world_size, llama, True)
+@pytest.mark.parametrize(("world_size", "dtype"), [(2, "float32"), (3, "float32"), (2, "bfloat16")])
+def test_several_shards(world_size: int, dtype: str, llama: Path) -> None:
+    plain = run_ranks(decode, world_size, llama, False, dtype)
+    played = run_ranks(decode, world_size, llama, True, dtype)
     for (expected, none), (got, num_played) in zip(plain, played, strict=True):
         assert (none, num_played) == (0, NUM_PLAYED)
         assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))

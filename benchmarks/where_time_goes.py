@@ -1,0 +1,236 @@
+"""Where the time of a step goes on the CPU, operation by operation, beside what each must read or compute at least.
+
+    python benchmarks/where_time_goes.py --threads 2
+
+Steps of the demo model in bfloat16: decode of 1 row, decode of 32 rows, and a chunk of 1,024 prompt tokens. Operations are timed
+around their calls, with steps run through Python; the last lines give the whole step as it comes, and as it is played
+(kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or multiply-adds over the
+rate of torch's matrix product of 2,048 x 2,048 in bfloat16, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import record
+import torch
+
+import kvshard.parallel.embedding
+import kvshard.parallel.linear
+from kvshard import LLM, SamplingParams
+from kvshard.kernels import ops
+from kvshard.runtime.shard import decoder
+from kvshard.runtime.shard.recorded_steps import RecordedSteps
+from kvshard.runtime.shard.worker import Worker
+
+READ_BYTES, SIDE = 256 << 20, 2048
+WIDTHS = {
+    (960, 576): "qkv",
+    (576, 576): "o",
+    (3072, 576): "gate and up",
+    (576, 1536): "down",
+    (49152, 576): "LM head",
+}
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, BYTES = 30, 9, 3, 64, 576, 1536, 2
+
+
+@dataclass
+class Case:
+    """A step of so many tokens in so many rows, each with this context when it ends."""
+
+    name: str
+    rows: int
+    tokens: int
+    context: int
+    ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # a step, by operation
+    whole_ms: list[float] = field(default_factory=list)
+    played_ms: list[float] = field(default_factory=list)
+
+
+CASES = [
+    Case("decode, 1 row of 192 tokens", 1, 1, 192),
+    Case("decode, 32 rows of 192 tokens", 32, 32, 192),
+    Case("prefill, the second 1,024 tokens of a prompt", 1, 1024, 2048),
+]
+
+
+def floors(case: Case, read_rate: float, flop_rate: float) -> dict[str, float]:
+    """Milliseconds a step that each operation cannot be faster than."""
+
+    def ms(num_bytes: float, flops: float = 0) -> float:
+        return max(num_bytes / read_rate, flops / flop_rate) * 1e3
+
+    out = {}
+    for (n, k), name in WIDTHS.items():
+        tokens = case.rows if name == "LM head" else case.tokens
+        times = 1 if name == "LM head" else LAYERS
+        out[name] = ms(times * n * k * BYTES, times * 2 * n * k * tokens)
+    seen = case.tokens * case.context - (case.tokens // case.rows - 1) * case.tokens / 2
+    kv_bytes = LAYERS * case.rows * case.context * 2 * KV_HEADS * HEAD_DIM * BYTES
+    out["attention"] = ms(kv_bytes, LAYERS * 4 * seen * HEADS * HEAD_DIM)
+    return out
+
+
+def rates() -> tuple[float, float]:
+    """Bytes read a second, and floating point operations a second."""
+    numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    square = torch.randn(SIDE, SIDE).bfloat16()
+    reading = min(_seconds(numbers.sum) for _ in range(5))
+    computing = min(_seconds(lambda: square @ square) for _ in range(5))
+    return READ_BYTES / reading, 2 * SIDE**3 / computing
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Watch:
+    """Adds up the time of operations, step by step."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+
+    def around(self, call: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = call(*args, **kwargs)
+            label = name or WIDTHS[tuple(args[1].shape)]
+            self.spent[label] += time.perf_counter() - start
+            return out
+
+        return timed
+
+
+def run(llm: LLM, case: Case, repeat: int, play: bool, watch: Watch | None) -> None:
+    """Answer prompts whose steps include the case's, and note those."""
+    plain = Worker.run
+
+    def noting(worker: Worker, plan: Any) -> Any:
+        if watch is not None:
+            watch.spent.clear()
+        start = time.perf_counter()
+        pending = plain(worker, plan)
+        whole = (time.perf_counter() - start) * 1e3
+        decodes = case.tokens == case.rows
+        reached = worker.slots._context_len[plan.row_slots].min() >= case.context - (16 if decodes else 0)
+        if int(plan.row_num_new_tokens.sum()) == case.tokens and len(plan.row_slots) == case.rows and reached:
+            if watch is None:
+                (case.played_ms if play else case.whole_ms).append(whole)
+            else:
+                for name, seconds in watch.spent.items():
+                    case.ms[name].append(seconds * 1e3)
+        return pending
+
+    decodes = case.tokens == case.rows
+    length = case.context - 24 if decodes else case.context
+    prompts = [
+        {"prompt_token_ids": [1000 + (7919 * (i + 1) * (row + 1) + repeat) % 40000 for i in range(length)]}
+        for row in range(case.rows)
+    ]
+    sampling = SamplingParams(
+        temperature=0, max_tokens=24 if decodes else 1, ignore_eos=True, detokenize=False
+    )
+    decodes_run = RecordedSteps.forward
+    as_it_comes = lambda steps, inputs: steps._decoder.forward(inputs, steps._cache)  # noqa: E731
+    with (
+        mock.patch.object(Worker, "run", noting),
+        mock.patch.object(RecordedSteps, "forward", decodes_run if play else as_it_comes),
+    ):
+        llm.generate(prompts, sampling)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "where_time_goes.json")
+    arguments = parser.parse_args()
+    result = record.describe("where_time_goes")
+    torch.set_num_threads(arguments.threads)
+    llm = LLM(
+        "demo",
+        dtype="bfloat16",
+        device="cpu",
+        threads_per_shard=arguments.threads,
+        cache={"prefix_caching": False},
+        scheduler={"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 4096},
+    )
+    watch = Watch()
+    timed = {
+        "norms": [(ops, "rms_norm"), (ops, "add_rms_norm")],
+        "rotary and cache write": [(ops, "rotary_kv_write")],
+        "attention": [(ops, "paged_attention")],
+        "embedding": [(kvshard.parallel.embedding, "embedding")],
+        None: [(kvshard.parallel.linear, "linear"), (kvshard.parallel.embedding, "linear")],
+    }
+    measured = []
+    for case in CASES:
+        for repeat in range(arguments.repeats):
+            measured.append(rates())
+            run(llm, case, 3 * repeat, play=False, watch=None)
+            if case.tokens == case.rows:
+                run(llm, case, 3 * repeat + 1, play=True, watch=None)
+            activations = {
+                name: watch.around(call, "activation") for name, call in decoder.ACTIVATIONS.items()
+            }
+            patches = [
+                mock.patch.object(module, name, watch.around(getattr(module, name), label))
+                for label, places in timed.items()
+                for module, name in places
+            ]
+            own = llm._engine.executor.worker.decoder  # type: ignore[attr-defined]
+            patches.append(mock.patch.object(own, "_activation", activations["silu"]))
+            for patch in patches:
+                patch.start()
+            run(llm, case, 3 * repeat + 2, play=False, watch=watch)
+            for patch in patches:
+                patch.stop()
+    read_rate, flop_rate = (median(values) for values in zip(*measured, strict=True))
+    lines = [
+        "# Where the time of a step goes",
+        "",
+        f"SmolLM2-135M in bfloat16, one shard of {arguments.threads} threads, {result['date']}, {result['machine']['processor']}: reads "
+        f"{read_rate / 1e9:.1f} GB/s, computes {flop_rate / 1e9:.0f} GFLOP/s. Milliseconds a step, medians.",
+    ]
+    for case in CASES:
+        least = floors(case, read_rate, flop_rate)
+        lines += ["", f"**{case.name}**", "", "| | ms | floor |", "|---|---|---|"]
+        spent = {name: median(values) for name, values in case.ms.items()}
+        for name in sorted(spent, key=lambda name: -spent[name]):
+            floor = f"{least[name]:.2f}" if name in least else ""
+            lines.append(f"| {name} | {spent[name]:.2f} | {floor} |")
+        rest = median(case.whole_ms) - sum(spent.values())
+        lines.append(f"| all else: Python between them, inputs, sampler | {rest:.2f} | |")
+        lines.append(
+            f"| **the step, through Python** | {median(case.whole_ms):.2f} | {sum(least.values()):.2f} |"
+        )
+        if case.played_ms:
+            lines.append(
+                f"| **the step, played** | {median(case.played_ms):.2f} | {sum(least.values()):.2f} |"
+            )
+    print("\n".join(lines))
+    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    samples = [
+        {"case": case.name, "ms": case.ms, "whole_ms": case.whole_ms, "played_ms": case.played_ms}
+        for case in CASES
+    ]
+    record.write(
+        result | {"read_gb_s": read_rate / 1e9, "gflop_s": flop_rate / 1e9, "samples": samples},
+        arguments.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
