@@ -71,9 +71,8 @@ def points_by_size() -> dict[int, list[Point]]:
 
 
 def start(size: int, model: Path) -> LLM:
-    tokens = sum(LENGTHS) + (sum(BATCHES) + FEW) * (
-        SHORT + 2 * BLOCK
-    )  # of all points: every prompt stays in the cache
+    rows = sum(BATCHES) + FEW if size == 1 else FEW
+    tokens = sum(LENGTHS) + rows * (SHORT + 2 * BLOCK)  # of all points: every prompt stays in the cache
     return LLM(
         model,
         dtype="bfloat16",

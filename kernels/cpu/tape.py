@@ -19,26 +19,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from .library import load
 
 Failed = Callable[[int], Exception]
 """What to raise for a status other than 0."""
 
-# Of torch's operations, those that only make views (and empty tensors of no elements).
+# Of torch's functions, those that ask a tensor something or make a view of it.
 _HARMLESS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "view",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unsqueeze",
-        "alias",
-        "as_strided",
-        "empty",
+    (
+        *(
+            "__get__",
+            "__len__",
+            "data_ptr",
+            "dim",
+            "element_size",
+            "is_contiguous",
+            "numel",
+            "size",
+            "stride",
+        ),
+        *("untyped_storage", "frombuffer", "view", "split", "unbind", "unsqueeze", "select", "narrow"),
     )
 )
 _ALIGNMENT = 64
@@ -147,17 +149,22 @@ def no_memory(status: int) -> Exception:
     return MemoryError("no memory for the operands of a step")
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchFunctionMode):
+    """Sees every call of torch from Python. (A TorchDispatchMode would see what they come to, and imports for a second.)"""
+
     def __init__(self, tape: Tape) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._tape = tape
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, out = func._schema.name, func(*args, **(kwargs or {}))
-        fills_memory = (
-            name == "aten::empty" and out.numel() > 0
-        )  # which would be gone when the tape is played
-        if name not in _HARMLESS or fills_memory:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, out = func.__name__, func(*args, **(kwargs or {}))
+        if name == "__getitem__":
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            harmless = all(isinstance(place, int | slice) for place in places)
+        else:
+            # Memory that torch gives out would be gone when the tape is played.
+            harmless = name in _HARMLESS or (name == "empty" and out.numel() == 0)
+        if not harmless:
             self._tape.foreign = name
         return out
 
