@@ -111,6 +111,11 @@ class Watch:
         return timed
 
 
+def as_it_comes(steps: RecordedSteps, inputs: Any) -> Any:
+    """In place of RecordedSteps.forward: every step through Python."""
+    return steps._decoder.forward(inputs, steps._cache)
+
+
 def run(llm: LLM, case: Case, repeat: int, play: bool, watch: Watch | None) -> None:
     """Answer prompts whose steps include the case's, and note those."""
     plain = Worker.run
@@ -141,7 +146,6 @@ def run(llm: LLM, case: Case, repeat: int, play: bool, watch: Watch | None) -> N
         temperature=0, max_tokens=24 if decodes else 1, ignore_eos=True, detokenize=False
     )
     decodes_run = RecordedSteps.forward
-    as_it_comes = lambda steps, inputs: steps._decoder.forward(inputs, steps._cache)  # noqa: E731
     with (
         mock.patch.object(Worker, "run", noting),
         mock.patch.object(RecordedSteps, "forward", decodes_run if play else as_it_comes),

@@ -276,13 +276,8 @@ def test_fetch_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version_and_help() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout == f"kvshard {__version__}\n"
     text = CliRunner().invoke(app, ["run", "--help"]).stdout
-    for words in (
-        "kvshard run configs/quickstart.yaml",
-        "--limit",
-        "--set",
-        "--retry-failed",
-        "130 interrupted",
-    ):
+    quickstart = "kvshard run configs/quickstart.yaml"
+    for words in (quickstart, "--limit", "--set", "--retry-failed", "130 interrupted"):
         assert words in text
     assert CliRunner().invoke(app, ["run", "--nonsense"]).exit_code == 2
 
