@@ -15,38 +15,13 @@
 
 #ifdef HAVE_AMX
 enum {
-    SIDE = 16,              // rows of a tile
-    CHUNK = 2 * SIDE,       // rows of W, tokens, or channels of a product of four tiles
-    AHEAD = 4,              // products from the one whose weights are being fetched to the one at work
-    KEPT_BYTES = 512 << 10  // weights that all tokens meet before the next are read: they stay in the second cache
+    SIDE = 16,                // rows of a tile
+    CHUNK = 2 * SIDE,         // rows of W, tokens, or channels of a product of four tiles
+    AHEAD = 4,                // products from the one whose weights are being fetched to the one at work
+    PANEL = 576,              // channels of 32 tokens and of a chunk that the first cache holds
+    KEPT_BYTES = 1024 << 10,  // weights that all tokens meet before the next are read: they stay in the second cache
+    KEPT_SUMS = KEPT_BYTES / (CHUNK * 2 * (PANEL + CHUNK)) + 1  // chunks, where channels fill more than a panel
 };
-
-// Rows become columns: 16 registers of 16 32-bit numbers.
-static inline void turn(__m512i *x) {
-    __m512i y[SIDE];
-    for (int i = 0; i < 8; i++) {
-        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-        x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-        x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-        x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {  // 0x88 and 0xdd: the even and the odd quarters of two registers
-        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
-        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
-        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
-        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
-        x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
-        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
-        x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
-    }
-}
 
 // `rows` rows of W, up to 32, as tiles: out[K / 32][2][16 pairs][16 rows][2]. Rows that are missing are zeros.
 static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out) {
@@ -57,18 +32,14 @@ static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out
                 int64_t row = half * SIDE + i;
                 x[i] = row < rows ? _mm512_loadu_si512(w + row * k + c) : _mm512_setzero_si512();
             }
-            turn(x);
+            turn_pairs(x);
             for (int i = 0; i < SIDE; i++) _mm512_storeu_si512(out + i * CHUNK, x[i]);
         }
 }
 
 // Tiles 0 to 3: sums of 16 tokens and 16 rows of W; 4 and 5: tokens; 6 and 7: rows of W.
 static void shape_tiles(int64_t tokens) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shapes = {.palette = 1};
+    struct tile_shapes shapes = {.palette = 1};
     int64_t first = min64(tokens, SIDE), second = tokens > SIDE ? tokens - SIDE : 1;
     int64_t rows[8] = {first, first, second, second, first, second, SIDE, SIDE};
     for (int i = 0; i < 8; i++) {
@@ -78,20 +49,33 @@ static void shape_tiles(int64_t tokens) {
     _tile_loadconfig(&shapes);
 }
 
-// sums[token][row] of up to 32 tokens and one chunk of W.
-static void multiply(const uint16_t *x, int64_t stride, const uint16_t *w, int64_t tokens, int64_t k, float *sums) {
+// Adds to sums[2][2][16 tokens][16 rows] of up to 32 tokens and one chunk of W the products of k channels, or makes them
+// where `first`. near: W is in the second cache. It is then read past the first, which keeps the tokens; else fetched ahead.
+static inline __attribute__((always_inline)) void multiply(
+    const uint16_t *x, int64_t stride, const uint16_t *w, int64_t tokens, int64_t k, int first, int near, float *sums
+) {
+    enum { SUMS = SIDE * SIDE };
     const uint16_t *second = x + SIDE * stride;
     size_t bytes = (size_t)stride * 2;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + SUMS, 64);
+        _tile_loadd(2, sums + 2 * SUMS, 64);
+        _tile_loadd(3, sums + 3 * SUMS, 64);
+    }
     for (int64_t c = 0; c < k; c += CHUNK, w += CHUNK * CHUNK) {
-        for (int i = 0; i < CHUNK * CHUNK; i += 32) _mm_prefetch((const char *)(w + AHEAD * CHUNK * CHUNK + i), _MM_HINT_T0);
-        _tile_loadd(6, w, 64);
+        for (int i = 0; i < CHUNK * CHUNK && !near; i += 32) _mm_prefetch((const char *)(w + AHEAD * CHUNK * CHUNK + i), _MM_HINT_T0);
+        if (near) _tile_stream_loadd(6, w, 64);
+        else _tile_loadd(6, w, 64);
         _tile_loadd(4, x + c, bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + SIDE * CHUNK, 64);
+        if (near) _tile_stream_loadd(7, w + SIDE * CHUNK, 64);
+        else _tile_loadd(7, w + SIDE * CHUNK, 64);
         _tile_dpbf16ps(1, 4, 7);
         if (tokens > SIDE) {
             _tile_loadd(5, second + c, bytes);
@@ -99,11 +83,11 @@ static void multiply(const uint16_t *x, int64_t stride, const uint16_t *w, int64
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, CHUNK * 4);
-    _tile_stored(1, sums + SIDE, CHUNK * 4);
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + SUMS, 64);
     if (tokens > SIDE) {
-        _tile_stored(2, sums + SIDE * CHUNK, CHUNK * 4);
-        _tile_stored(3, sums + SIDE * CHUNK + SIDE, CHUNK * 4);
+        _tile_stored(2, sums + 2 * SUMS, 64);
+        _tile_stored(3, sums + 3 * SUMS, 64);
     }
 }
 
@@ -116,32 +100,41 @@ static void write_sums(const struct linear *a, const float *sums, int64_t token,
         bias[0] = _mm512_cvtpbh_ps((__m256bh)_mm512_castsi512_si256(stored));
         bias[1] = _mm512_cvtpbh_ps((__m256bh)_mm512_extracti64x4_epi64(stored, 1));
     }
-    for (int64_t t = 0; t < tokens; t++, sums += CHUNK) {
-        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(sums), bias[0]);
-        __m512 upper = _mm512_add_ps(_mm512_loadu_ps(sums + SIDE), bias[1]);
-        int64_t at = (token + t) * a->n + row;
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *at = sums + t / SIDE * SIDE * CHUNK + t % SIDE * SIDE;
+        __m512 lower = _mm512_add_ps(_mm512_loadu_ps(at), bias[0]);
+        __m512 upper = _mm512_add_ps(_mm512_loadu_ps(at + SIDE * SIDE), bias[1]);
+        int64_t place = (token + t) * a->n + row;
         if (a->to_float32) {
-            _mm512_mask_storeu_ps((float *)a->out + at, (__mmask16)inside, lower);
-            _mm512_mask_storeu_ps((float *)a->out + at + SIDE, (__mmask16)(inside >> SIDE), upper);
-        } else _mm512_mask_storeu_epi16((uint16_t *)a->out + at, inside, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
+            _mm512_mask_storeu_ps((float *)a->out + place, (__mmask16)inside, lower);
+            _mm512_mask_storeu_ps((float *)a->out + place + SIDE, (__mmask16)(inside >> SIDE), upper);
+        } else _mm512_mask_storeu_epi16((uint16_t *)a->out + place, inside, (__m512i)_mm512_cvtne2ps_pbh(upper, lower));
     }
 }
 
-// Chunks first .. end - 1 of W with all tokens.
+// Chunks first .. end - 1 of W with all tokens. Channels are taken by the panel: those of a chunk of tokens and of one of W
+// fit into the first cache together.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, int64_t first, int64_t end) {
     const uint16_t *x = a->x, *packed = a->w;
-    _Alignas(64) float sums[CHUNK * CHUNK];
+    _Alignas(64) float sums[KEPT_SUMS * CHUNK * CHUNK];
+    int64_t panels = a->num_tokens <= CHUNK ? 1 : (a->k + PANEL - 1) / PANEL;
+    int64_t panel = (a->k / CHUNK + panels - 1) / panels * CHUNK;
     int64_t kept = KEPT_BYTES / (CHUNK * 2 * a->k) + 1, shaped = 0;
     for (int64_t begin = first; begin < end; begin += kept)
         for (int64_t token = 0; token < a->num_tokens; token += CHUNK) {
-            int64_t tokens = min64(CHUNK, a->num_tokens - token);
+            int64_t tokens = min64(CHUNK, a->num_tokens - token), behind = min64(begin + kept, end);
             if (tokens != shaped) shape_tiles(tokens);
             shaped = tokens;
-            for (int64_t chunk = begin; chunk < min64(begin + kept, end); chunk++) {
-                const uint16_t *w = (chunk + 1) * CHUNK <= a->n ? packed + chunk * CHUNK * a->k : rest;
-                multiply(x + token * a->x_stride, a->x_stride, w, tokens, a->k, sums);
-                write_sums(a, sums, token, tokens, chunk * CHUNK);
-            }
+            for (int64_t c = 0; c < a->k; c += panel)
+                for (int64_t chunk = begin; chunk < behind; chunk++) {
+                    const uint16_t *w = (chunk + 1) * CHUNK <= a->n ? packed + chunk * CHUNK * a->k : rest;
+                    const uint16_t *tokens_at = x + token * a->x_stride + c, *rows = w + c * CHUNK;
+                    int64_t channels = min64(panel, a->k - c), last = c + panel >= a->k;
+                    float *at = sums + (panels > 1 ? (chunk - begin) * CHUNK * CHUNK : 0);
+                    if (token > 0) multiply(tokens_at, a->x_stride, rows, tokens, channels, c == 0, 1, at);
+                    else multiply(tokens_at, a->x_stride, rows, tokens, channels, c == 0, 0, at);
+                    if (last) write_sums(a, at, token, tokens, chunk * CHUNK);
+                }
         }
     _tile_release();
 }

@@ -81,11 +81,15 @@ def test_any_wrong_number_is_seen() -> None:
     ids=["packed", "bfloat16", "float32", "float16"],
 )
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_token_has_the_same_bits_in_any_batch(num_threads: int, packed: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [576, 1952], ids=["one panel", "four panels"])
+def test_a_token_has_the_same_bits_in_any_batch(
+    width: int, num_threads: int, packed: bool, dtype: torch.dtype
+) -> None:
     tokens = 70 if packed else IN_C
-    w, x = numbers(83, 576, seed=1).to(dtype), numbers(tokens, 576, seed=3).to(dtype)
-    weight = LinearWeight.take(w) if packed else LinearWeight(w)
+    w, x = numbers(83, width, seed=1).to(dtype), numbers(tokens, width, seed=3).to(dtype)
+    weight = LinearWeight.take(w.clone()) if packed else LinearWeight(w)
     whole = linear(x, weight, dtype=torch.float32)
+    assert_within(whole, exact(x, w, torch.zeros(83)).float(), "product")
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
