@@ -1,10 +1,10 @@
-// Attention over one block on the matrix unit of Intel processors (AMX): bfloat16 in, float32 sums.
+// Attention over one block on the matrix unit of Intel processors (AMX): bfloat16 in, float32 sums; up to 16 queries.
 //
 // A tile is a register of up to 16 rows of 64 bytes. A product of tiles adds A[M][32] . B[32][N] to C[M][N], where the
 // values of B lie in pairs: B's row i holds, for every column, its values 2i and 2i + 1. Keys are A as they are stored
 // and queries are B, so logits come out as [key][query] and softmax has a lane per query; then weights, transposed, are A,
 // and values are B once each two rows of them have been interleaved. Each sum depends on its own row and column alone and
-// is taken in one order, so a query has the same bits in any company.
+// is taken in one order, so a query has the same bits in any company; amx_wide.h does the same for more queries.
 // Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 
 #pragma once
@@ -17,31 +17,27 @@ static inline int64_t columns_of(int64_t rows) { return rows <= 4 ? 4 : 16; }
 // Tiles 0 to 3: products of 16 keys each; 4: queries; 5: keys or values; 6: outputs; 7: weights.
 static void shape_tiles(int64_t num_queries) {
     int64_t columns = columns_of(num_queries);
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shapes = {.palette = 1};
+    struct tile_shapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         shapes.row_bytes[i] = (uint16_t)(i < 5 ? 4 * columns : 64);
         shapes.rows[i] = (uint8_t)(i < 6 ? 16 : columns);
     }
-    _tile_loadconfig(&shapes);
+    load_shapes(&shapes);
 }
 
-// Queries, [rows][padded], as pairs of channels: [rows / columns, upwards][padded / 2][columns].
-static void pair_queries(const float *q, int64_t rows, int64_t padded, float gain, uint32_t *out) {
+// Queries, [rows][padded], as pairs of channels: [padded / 2][columns].
+static void pair_queries(const uint16_t *q, int64_t rows, int64_t padded, uint32_t *out) {
     int64_t columns = columns_of(rows);
-    for (int64_t first = 0; first < rows; first += columns)
-        for (int64_t i = 0; i < padded / 2; i++)
-            for (int64_t m = first; m < first + columns; m++) {
-                const float *x = q + m * padded + 2 * i;
-                *out++ = m < rows ? (uint32_t)to_bf16(x[1] * gain) << 16 | to_bf16(x[0] * gain) : 0;
-            }
+    for (int64_t i = 0; i < padded / 2; i++)
+        for (int64_t m = 0; m < columns; m++) {
+            uint32_t pair = 0;
+            if (m < rows) memcpy(&pair, q + m * padded + 2 * i, 4);
+            *out++ = pair;
+        }
 }
 
-// x[j][m] = k[j] . q[m] for a block's keys and one group of queries.
-static void group_products(const uint32_t *q, const uint16_t *const *keys, int64_t columns, int64_t padded, float *x) {
+// x[j][m] = k[j] . q[m] for a block's keys.
+static void products(const uint32_t *q, const uint16_t *const *keys, int64_t columns, int64_t padded, float *x) {
     size_t stride = (size_t)columns * 4;
     _tile_zero(0);
     _tile_zero(1);
@@ -61,48 +57,77 @@ static void group_products(const uint32_t *q, const uint16_t *const *keys, int64
     _tile_stored(3, x + 48 * columns, stride);
 }
 
-// Turns the products of one group, [BLOCK][n], into weights: scales, cap, mask, then 2^(x - top). A lane is a query, and
-// where n is 4, a register has four keys. fade[m] is what fades older weights of query m. The sums of weights are those
-// of every fourth key, then joined, for any n: a query's bits do not depend on its group.
-static inline __attribute__((always_inline)) void weigh_group(
-    const struct attention *a, const struct queries *q, const struct scales *scales, int64_t begin, int64_t m, int n,
-    float *x, float *fade, struct state *s
+// 2^x to 2 units in the last place for x <= 0, of fewer instructions than exp2_of: x's fraction in [0, 1) goes through a
+// polynomial that is exact at 0, and the scaling takes x's whole part by itself. Also right for -inf and NaN.
+static inline vf weight_of(vf x) {
+    enum { FRACTION = 9 };  // what is left over the next lower integer; no exceptions
+    vf f = (vf)_mm512_reduce_ps((__m512)x, FRACTION), p = splat(1.867130165919661522e-3f);
+    p = p * f + 9.017029777169227600e-3f;
+    p = p * f + 5.579991266131401062e-2f;
+    p = p * f + 2.401644438505172729e-1f;
+    p = p * f + 6.931512951850891113e-1f;
+    p = p * f + 1.0f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+// x * gain - origin, rounded once.
+static inline vf above(vf x, vf gain, vf origin) { return (vf)_mm512_fmsub_ps((__m512)x, (__m512)gain, (__m512)origin); }
+
+// Whether some key of the block from `start` on is hidden from some query at `first` to `last`.
+static inline int some_hidden(const struct attention *a, int64_t start, int64_t first, int64_t last) {
+    return start + BLOCK - 1 > first || (a->window && start <= last - a->window);
+}
+
+// The logits of a register of products, over `gain`: scales, cap and mask. `place` has its keys' positions.
+static inline __attribute__((always_inline)) vf logits_over(
+    const struct attention *a, vf x, vf k_scale, float factor, int hides, vi place, vi position, vi oldest
 ) {
-    enum { SUMS = 4 };
+    if (a->k_scale) x *= k_scale;
+    if (a->soft_cap > 0) {  // see `weigh` in floats.h
+        float cap = (float)(a->soft_cap * LOG2_E);
+        x = cap - 2 * cap / (exp2_of(x * factor) + 1.0f);
+    }
+    return hides ? choose((place >= oldest) & (place <= position), x, splat(-INFINITY)) : x;
+}
+
+// Turns products, [BLOCK][n], into weights, 2^(logit - top). A lane is a query, and where n is 4, a register has four
+// keys. fade[m] is what fades older weights of query m. The sum of weights is a tree over 16 sums of every 16th key each.
+static inline __attribute__((always_inline)) void weigh_columns(
+    const struct attention *a, const struct queries *q, const struct scales *scales, int64_t begin, int n, float *x, float *fade, struct state *s
+) {
     int keys = LANES / n;  // in a register
     vi query = lanes() & (n - 1), key = lanes() / n;
-    vi position = __builtin_shuffle(load_integers(q->position + m), query);
-    int64_t start = begin / BLOCK * BLOCK, last = q->position[q->rows - 1];
-    int hides = start + BLOCK - 1 > q->position[0] || (a->window && start <= last - a->window);
+    vi position = __builtin_shuffle(load_integers(q->position), query);
     vi oldest = a->window ? position + 1 - (int32_t)a->window : (vi){};
-    float factor = q->factor;
-    vf highest = splat(-INFINITY), cap = splat((float)(a->soft_cap * LOG2_E));
+    int64_t start = begin / BLOCK * BLOCK;
+    int hides = some_hidden(a, start, q->position[0], q->position[q->rows - 1]);
+    int changes = hides || a->k_scale || a->soft_cap > 0;
+    vf highest = splat(-INFINITY), gain = splat(a->soft_cap > 0 ? 1 : q->factor);
     for (int i = 0; i < BLOCK / keys; i++) {
-        vf logits = load(x + i * LANES) * factor;
-        if (a->k_scale) logits *= __builtin_shuffle(load(scales->k + i * keys), key);
-        if (a->soft_cap > 0) logits = cap - 2 * cap / (exp2_of(logits) + 1.0f);  // see `weigh` in floats.h
-        if (hides) {
-            vi place = key + (int32_t)(start + i * keys);
-            logits = choose((place >= oldest) & (place <= position), logits, splat(-INFINITY));
+        vf logits = load(x + i * LANES);
+        if (changes) {
+            vf k_scale = a->k_scale ? __builtin_shuffle(load(scales->k + i * keys), key) : (vf){};
+            logits = logits_over(a, logits, k_scale, q->factor, hides, key + (int32_t)(start + i * keys), position, oldest);
+            store(x + i * LANES, logits);
         }
         highest = larger(logits, highest);
-        store(x + i * LANES, logits);
     }
     for (int w = n; w < LANES; w *= 2) highest = larger(highest, __builtin_shuffle(highest, lanes() ^ w));
-    vf before = __builtin_shuffle(load(s->top + m), query), top = larger(highest, before);
+    vf before = __builtin_shuffle(load(s->top), query), top = larger(highest * gain, before);
     vf origin = choose(top == -INFINITY, (vf){}, top);  // nothing is visible yet: -inf - -inf would be NaN
-    vf total[SUMS] = {};
-    for (int i = 0; i < BLOCK / keys; i += SUMS / keys)
-        for (int sum = 0; sum < SUMS / keys; sum++) {
-            vf weights = exp2_of(load(x + (i + sum) * LANES) - origin);
-            total[sum] += weights;
-            store(x + (i + sum) * LANES, weights);
+    vf total[16] = {};
+    for (int first = 0; first < BLOCK / keys; first += n)
+        for (int i = 0; i < n; i++) {
+            vf weights = weight_of(above(load(x + (first + i) * LANES), gain, origin));
+            total[i] += weights;
+            store(x + (first + i) * LANES, weights);
         }
-    if (n == LANES) total[0] = (total[0] + total[1]) + (total[2] + total[3]);
-    for (int w = n; w < LANES; w *= 2) total[0] += __builtin_shuffle(total[0], lanes() ^ w);
-    vf fades = exp2_of(before - origin);
-    store(s->total + m, __builtin_shuffle(load(s->total + m), query) * fades + total[0]);
-    store(s->top + m, top);
+    for (int i = 0; i < n; i++)
+        for (int w = n; w < LANES; w *= 2) total[i] += __builtin_shuffle(total[i], lanes() ^ w);
+    for (int step = 1; step < n; step *= 2)
+        for (int i = 0; i < n; i += 2 * step) total[i] += total[i + step];
+    vf fades = weight_of(before - origin);
+    store(s->total, __builtin_shuffle(load(s->total), query) * fades + total[0]);
+    store(s->top, top);
     store(fade, fades);
 }
 
@@ -134,53 +159,53 @@ static inline __attribute__((always_inline)) void turn_weights(const float *x, c
     }
 }
 
-// out[m] = fade[m] out[m] + sum over the block's positions of weights[m][j] * v[j], for one group of queries.
-static void group_values(float *out, const float *fade, const uint16_t *weights, const uint16_t *v, int64_t rows, int64_t padded) {
-    _Alignas(64) float sums[16 * MAX_DIM];
-    vi lower = (lanes() >> 3) * 4 + (lanes() & 3) + (lanes() & 4) * 4, upper = lower + 8;  // see read_block_of
-    for (int64_t c = 0; c < padded; c += 16) {
-        _tile_zero(6);
-        for (int64_t j = 0; j < BLOCK; j += 32) {
-            _tile_loadd(7, weights + j, BLOCK * 2);
-            _tile_loadd(5, v + j * padded + 2 * c, (size_t)padded * 4);
-            _tile_dpbf16ps(6, 7, 5);
-        }
-        _tile_stored(6, sums + c, (size_t)padded * 4);
-    }
+// out[m] = fade[m] out[m], for the queries of one group.
+static inline void fade_rows(float *out, const float *fade, int64_t rows, int64_t padded) {
     for (int64_t m = 0; m < rows; m++)
-        for (int64_t c = 0; c < padded; c += 32) {
-            float *at = out + m * MAX_DIM + c;
-            vf x = load(sums + m * padded + c), y = load(sums + m * padded + c + 16);
-            store(at, load(at) * fade[m] + __builtin_shuffle(x, y, lower));
-            store(at + 16, load(at + 16) * fade[m] + __builtin_shuffle(x, y, upper));
-        }
+        if (fade[m] != 1) scale_row(out + m * padded, fade[m], padded / LANES);
 }
 
-// Queries meet the keys and values of positions begin .. end - 1, all in one block.
+// Channels of a row of outputs, whose values read_block_of has interleaved, in their order.
+static void order_channels(float *out, int64_t vectors) {
+    vi lower = (lanes() >> 3) * 4 + (lanes() & 3) + (lanes() & 4) * 4, upper = lower + 8;
+    for (int64_t c = 0; c < vectors * LANES; c += 2 * LANES) {
+        vf x = load(out + c), y = load(out + c + LANES);
+        store(out + c, __builtin_shuffle(x, y, lower));
+        store(out + c + LANES, __builtin_shuffle(x, y, upper));
+    }
+}
+
+// Up to 16 queries meet the keys and values of positions begin .. end - 1, all in one block.
 static void meet_tiles(const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, const struct queries *q, struct ahead *ahead, struct state *s) {
     struct halves b;
     struct scales scales;
     _Alignas(64) float x[BLOCK * 16], fade[16];
     _Alignas(64) uint16_t weights[16 * BLOCK];
     int64_t padded = a->vectors * LANES, columns = columns_of(q->rows);
-    int small = has_gain(a->cache_format);
-    if (a->k_scale) read_scales(a, row, kv_head, begin, end, small ? GAIN_OUT : 1, small ? GAIN_IN : 1, &scales);
-    fetch_some(a, ahead);
-    read_halves(a, row, kv_head, begin, end, &b);
+    read_block(a, row, kv_head, begin, end, ahead, &b, &scales);
     fetch_some(a, ahead);
     const float *v_scale = a->k_scale ? scales.v : NULL;
-    for (int64_t m = 0; m < q->rows; m += columns) {
-        group_products(q->pairs + m * padded / 2, b.keys, columns, padded, x);
-        fetch_some(a, ahead);
-        if (columns == 4) {
-            weigh_group(a, q, &scales, begin, m, 4, x, fade, s);
-            turn_weights(x, v_scale, 4, weights);
-        } else {
-            weigh_group(a, q, &scales, begin, m, 16, x, fade, s);
-            turn_weights(x, v_scale, 16, weights);
+    settle(b.k);
+    products(q->pairs, b.keys, columns, padded, x);
+    fetch_some(a, ahead);
+    if (columns == 4) {
+        weigh_columns(a, q, &scales, begin, 4, x, fade, s);
+        turn_weights(x, v_scale, 4, weights);
+    } else {
+        weigh_columns(a, q, &scales, begin, 16, x, fade, s);
+        turn_weights(x, v_scale, 16, weights);
+    }
+    fetch_some(a, ahead);
+    fade_rows(s->out, fade, q->rows, padded);
+    settle(weights);
+    for (int64_t c = 0; c < padded; c += 16) {
+        _tile_loadd(6, s->out + c, (size_t)padded * 4);
+        for (int64_t j = 0; j < BLOCK; j += 32) {
+            _tile_loadd(7, weights + j, BLOCK * 2);
+            _tile_loadd(5, b.v + j * padded + 2 * c, (size_t)padded * 4);
+            _tile_dpbf16ps(6, 7, 5);
         }
-        fetch_some(a, ahead);
-        group_values(s->out[m], fade, weights, b.v, min64(q->rows - m, columns), padded);
+        _tile_stored(6, s->out + c, (size_t)padded * 4);
     }
 }
 #endif

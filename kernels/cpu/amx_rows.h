@@ -106,4 +106,14 @@ static void read_halves(const struct attention *a, int64_t row, int64_t kv_head,
     switch (a->cache_format) { READ(BFLOAT16) READ(INT8) READ(FP8) READ(INT4) }
 #undef READ
 }
+
+// Keys, values and scales of positions begin .. end - 1 of a row, all in one block.
+static void read_block(
+    const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, struct ahead *ahead, struct halves *h, struct scales *scales
+) {
+    int small = has_gain(a->cache_format);
+    if (a->k_scale) read_scales(a, row, kv_head, begin, end, small ? GAIN_OUT : 1, small ? GAIN_IN : 1, scales);
+    fetch_some(a, ahead);
+    read_halves(a, row, kv_head, begin, end, h);
+}
 #endif

@@ -7,7 +7,8 @@
 #include "vectors.h"
 
 // Positions are read by the block, which is 64 whatever the cache's own block size, and summed up by the chunk.
-enum { BLOCK = 64, CHUNK = 512, MAX_DIM = 256, MAX_ROWS = 32 };
+// Query rows of an item: as many as keys and values can be kept for at once, in vectors and on the matrix unit.
+enum { BLOCK = 64, CHUNK = 512, MAX_DIM = 256, SOME_ROWS = 32, MAX_ROWS = 128 };
 
 struct attention {
     const void *q, *k, *v;             // k, v: [num_blocks, num_kv_heads, block_size, width]
@@ -24,22 +25,26 @@ struct attention {
     int64_t tiles, vectors;  // worked out here: whether the matrix unit is used; registers of a row of floats
 };
 
-// The queries of an item, and a chunk's keys and values, as the products want them.
+// The queries of an item, as the products want them.
 struct queries {
     union {
-        float floats[MAX_ROWS * MAX_DIM];         // [rows][channels]
-        uint32_t pairs[MAX_ROWS * MAX_DIM / 2];  // see amx_rows.h
+        float floats[SOME_ROWS * MAX_DIM];  // [rows][channels]
+        uint32_t pairs[16 * MAX_DIM / 2];    // [channels / 2][4 or 16 rows][2], see amx.h
+        uint16_t halves[MAX_ROWS * MAX_DIM];  // [rows][channels], see amx_wide.h
     };
     float factor;  // from products to logits
     int64_t rows;
-    int32_t position[MAX_ROWS];  // places beyond the last query repeat it
+    int32_t position[MAX_ROWS];  // of several queries of one row in their order; places beyond the last query repeat it
 };
 
 // What query heads have seen so far: sum of weights * values, sum of weights, and the logit that weights are relative to.
 // Logits are in base 2: exp(x) = 2^(x log2 e).
 struct state {
-    float out[MAX_ROWS][MAX_DIM], total[MAX_ROWS], top[MAX_ROWS];
+    float out[MAX_ROWS * MAX_DIM];  // [rows][vectors * LANES], channels in the order of the products
+    float total[MAX_ROWS], top[MAX_ROWS];
 };
+
+static inline int64_t rows_at_once(const struct attention *a) { return a->tiles ? MAX_ROWS : SOME_ROWS; }
 
 static const double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
 

@@ -43,7 +43,7 @@ static void weigh_rows(const struct attention *a, const struct queries *q, const
 
 // Queries meet the keys and values of positions begin .. end - 1, all in one block.
 static void meet_floats(const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, const struct queries *q, struct ahead *ahead, struct state *s) {
-    float p[MAX_ROWS * BLOCK], fade[MAX_ROWS];
+    float p[SOME_ROWS * BLOCK], fade[SOME_ROWS];
     struct floats b;
     struct scales scales;
     if (a->k_scale) read_scales(a, row, kv_head, begin, end, 1, 1, &scales);
@@ -54,8 +54,8 @@ static void meet_floats(const struct attention *a, int64_t row, int64_t kv_head,
     fetch_some(a, ahead);
     weigh_rows(a, q, &scales, begin, end, p, fade, s);
     for (int64_t m = 0; m < q->rows; m++)
-        if (fade[m] != 1) scale_row(s->out[m], fade[m], a->vectors);
+        if (fade[m] != 1) scale_row(s->out + m * a->vectors * LANES, fade[m], a->vectors);
     fetch_some(a, ahead);
-    add_values(s->out[0], p, b.v, q->rows, a->vectors);
+    add_values(s->out, p, b.v, q->rows, a->vectors);
 }
 

@@ -46,7 +46,7 @@ static void shape_tiles(int64_t tokens) {
         shapes.row_bytes[i] = 64;
         shapes.rows[i] = (uint8_t)rows[i];
     }
-    _tile_loadconfig(&shapes);
+    load_shapes(&shapes);
 }
 
 // Adds to sums[2][2][16 tokens][16 rows] of up to 32 tokens and one chunk of W the products of k channels, or makes them

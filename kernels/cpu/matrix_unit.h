@@ -24,6 +24,14 @@ struct tile_shapes {
     uint8_t rows[16];
 };
 
+// What was stored before, at `p` too, is stored before: GCC does not know all of what the instructions on tiles read.
+static inline void settle(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+static inline void load_shapes(const struct tile_shapes *shapes) {
+    settle(shapes);
+    _tile_loadconfig(shapes);
+}
+
 // Rows become columns: 16 registers of 16 32-bit numbers.
 static inline void turn_pairs(__m512i *x) {
     __m512i y[16];

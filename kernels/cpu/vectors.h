@@ -60,19 +60,21 @@ static inline float max_of(vf v) {
     return v[0];
 }
 
-// Lane i of the result is the sum over the lanes of x[i].
-static inline vf fold(vf x[LANES]) {
-    vi lane = lanes();
-#define FOLD(W)                                                                                    \
-    if (W < LANES) {                                                                               \
-        vi upper = (lane & W) != 0, other = (lane ^ W) + (upper & LANES);                          \
-        for (int i = 0; i < LANES; i += 2 * W)                                                     \
-            x[i] = choose(upper, x[i + W], x[i]) + __builtin_shuffle(x[i], x[i + W], other);       \
+// Lane i of the result is the sum over the lanes of x[i], or the largest of them: neighbours first, then pairs of them, ...
+static inline vf sum(vf a, vf b) { return a + b; }
+#define DEFINE_FOLD(NAME, JOIN)                                                                    \
+    static inline vf NAME(vf x[LANES]) {                                                           \
+        vi lane = lanes();                                                                         \
+        _Pragma("GCC unroll 4") for (int w = 1; w < LANES; w *= 2) {                               \
+            vi second = ((lane & w) != 0) & LANES;                                                 \
+            for (int i = 0; i < LANES; i += 2 * w)                                                 \
+                x[i] = JOIN(__builtin_shuffle(x[i], x[i + w], lane + second),                      \
+                            __builtin_shuffle(x[i], x[i + w], (lane ^ w) + second));               \
+        }                                                                                          \
+        return x[0];                                                                               \
     }
-    FOLD(1) FOLD(2) FOLD(4) FOLD(8)
-#undef FOLD
-    return x[0];
-}
+DEFINE_FOLD(fold, sum)
+DEFINE_FOLD(fold_larger, larger)
 
 // 2^x, to 2 units in the last place, up to 2^127; 0 below 2^-126, NaN for NaN. The polynomial is that of exp2f in Cephes
 // (Moshier), for an |f| of at most 1/2.
