@@ -39,10 +39,19 @@ static int64_t queries_of(const struct item *it) {
     return it->end_row > it->row + 1 ? it->end_row - it->row : it->end_query - it->first_query;
 }
 
-// Whether the single queries of a row and of the one before it see all of a chunk, in the same blocks.
-static int share_chunk(const struct attention *a, int64_t row, int64_t chunk) {
-    for (int64_t r = row - 1; r <= row; r++)
-        if (num_queries(a, r) != 1 || a->context_lens[r] < (chunk + 1) * CHUNK || (a->window && a->context_lens[r] - a->window > chunk * CHUNK)) return 0;
+// Whether a row's results are joined from one for each chunk: it has few queries.
+static int is_parted(const struct attention *a, int64_t row, int64_t group) {
+    int64_t queries = num_queries(a, row);
+    return queries * group <= SOME_ROWS && end_chunk(a, row, queries - 1) - first_chunk(a, row, 0) > 1;
+}
+
+// Whether the single queries of a parted row and of the one before it see all of a chunk, in the same blocks.
+static int share_chunk(const struct attention *a, int64_t row, int64_t group, int64_t chunk) {
+    for (int64_t r = row - 1; r <= row; r++) {
+        int64_t context = a->context_lens[r];
+        int sees_all = context >= (chunk + 1) * CHUNK && (!a->window || context - a->window <= chunk * CHUNK);
+        if (num_queries(a, r) != 1 || !is_parted(a, r, group) || !sees_all) return 0;
+    }
     int64_t first = chunk * CHUNK / a->block_size, end = ((chunk + 1) * CHUNK - 1) / a->block_size + 1;
     const int32_t *table = a->block_tables + row * a->table_stride;
     return memcmp(table + first, table - a->table_stride + first, (size_t)(end - first) * 4) == 0;
@@ -67,7 +76,7 @@ static int plan(const struct attention *a, struct work *work) {
     for (int64_t r = 0; r < a->num_rows; r++) {
         int64_t queries = num_queries(a, r), first = first_chunk(a, r, 0), end = end_chunk(a, r, queries - 1);
         work->partials[r] = -1;
-        if (queries * group > SOME_ROWS || end - first <= 1) {
+        if (!is_parted(a, r, group)) {
             for (int64_t query = 0; query < queries; query += tile) {
                 int64_t stop = min64(query + tile, queries);
                 work->items[work->num_items++] = (struct item){
@@ -81,7 +90,7 @@ static int plan(const struct attention *a, struct work *work) {
         for (int64_t chunk = first; chunk < end; chunk++) {
             if (r < covered[chunk]) continue;
             int64_t behind = r + 1;
-            while (behind < a->num_rows && behind - r < neighbours && share_chunk(a, behind, chunk)) behind++;
+            while (behind < a->num_rows && behind - r < neighbours && share_chunk(a, behind, group, chunk)) behind++;
             covered[chunk] = (int32_t)behind;
             work->items[work->num_items++] = (struct item){
                 (int32_t)r, (int32_t)behind, 0, (int32_t)queries, (int32_t)chunk, (int32_t)chunk + 1

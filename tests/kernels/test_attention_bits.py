@@ -116,6 +116,31 @@ def test_cut_and_batched_on_cpu(attention_case, query_lens, context_lens, option
         begin += length
 
 
+@pytest.mark.parametrize("window", [None, 700], ids=lambda window: f"window {window}")
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [("auto", torch.float32), ("auto", torch.bfloat16), ("int8", torch.bfloat16)],
+    ids=["f32", "bf16", "int8"],
+)
+def test_rows_that_share_blocks_on_cpu(attention_case, format, dtype, window):
+    """Neighbours with the same blocks of a chunk meet it together, and have the bits of each alone."""
+    from kvshard.kernels import cpu
+
+    contexts = (700, 1100, 1030, 513, 600, 900, 1500, 540, 512, 40)
+    case = attention_case((1,) * 10, contexts, q_per_kv=(3, 2), dtype=dtype, format=format, window=window)
+    tables = case.block_tables
+    tables[0:9, :32] = tables[1, :32]  # the first 512 positions
+    tables[1:3] = tables[1]  # all: the next 512, and some more, which row 2 does not see all of
+    tables[5, 17] = case.alone(6).block_tables[0, 80]  # of these nobody else has one
+    torch.set_num_threads(2)
+    together = case.run_with_lse(cpu.paged_attention)
+    expected = case.run_with_lse(reference.paged_attention)
+    assert_within(together[0], expected[0], "attention")
+    for row in range(10):
+        alone = case.alone(row).run_with_lse(cpu.paged_attention)
+        assert bits_equal(alone, [x[row : row + 1] for x in together]), f"row {row}"
+
+
 @pytest.mark.parametrize("format", ["auto", "fp8", "int4"])
 @pytest.mark.parametrize("window", [None, 21], ids=lambda window: f"window {window}")
 def test_a_prompt_cut_into_steps(triton_attention, triton_device, attention_case, window, format):
