@@ -1,22 +1,24 @@
 """One engine in a process of its own: loads the model, then runs samples as peers.py asks for them, a line of JSON each.
 
-    python engine.py NAME MODEL SETTINGS      SETTINGS is JSON: dtype, size, threads
+    python engine.py KIND MODEL SETTINGS      SETTINGS is JSON: dtype, size, weights, threads
 
 Runs in the Python that has the engine installed, so of this repository only kvshard itself imports more than the
 standard library. A line {"workload": "W1", "repeat": 3} is answered by the seconds of its calls
-and a digest of the tokens: {"seconds": [...], "tokens": "..."}.
+and a digest of the tokens, {"seconds": [...], "tokens": "..."}; with "token_ids": true in it by the tokens as well,
+a list for each call.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import time
 from typing import Any, Protocol
 
+import tokens
 import workloads
+from converted import CTranslate2, LlamaCpp
 
 MAX_LENGTH = 4096
 CACHE_GIB = 2
@@ -137,7 +139,13 @@ class Transformers:
         return [row[:count] for row, count in zip(made, call.max_tokens, strict=True)]
 
 
-ENGINES = {"kvshard": Kvshard, "vllm": Vllm, "transformers": Transformers}
+ENGINES = {
+    "kvshard": Kvshard,
+    "vllm": Vllm,
+    "transformers": Transformers,
+    "llamacpp": LlamaCpp,
+    "ctranslate2": CTranslate2,
+}
 
 
 def main() -> None:
@@ -157,8 +165,10 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
             assert [len(ids) for ids in token_ids] == call.max_tokens, f"{name} gave other lengths"
             made.append([[int(i) for i in ids] for ids in token_ids])
-        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-        print(json.dumps({"seconds": seconds, "tokens": digest}), file=answers, flush=True)
+        answer: dict[str, Any] = {"seconds": seconds, "tokens": tokens.digest(made)}
+        if asked.get("token_ids"):
+            answer["token_ids"] = made
+        print(json.dumps(answer), file=answers, flush=True)
     os._exit(0)  # some engines take long to end
 
 
