@@ -172,9 +172,9 @@ def tables(samples: list[dict[str, Any]], peers: list[Peer]) -> list[str]:
                 lines.append(
                     f"| {name} | {median(values.values()):.2f} | {spread} | {ratio if name != engines[0] else ''} |"
                 )
-        kinds = dict.fromkeys(peer.chosen.kind for peer in peers)
-        left_out = {kind: KINDS[kind].left_out.get(workload) for kind in kinds}
-        lines += ["", *(f"Not {kind}: {why}." for kind, why in left_out.items() if why)]
+        for kind in dict.fromkeys(peer.chosen.kind for peer in peers):
+            if workload in KINDS[kind].left_out:
+                lines += ["", f"Not {kind}: {KINDS[kind].left_out[workload]}."]
     return lines
 
 

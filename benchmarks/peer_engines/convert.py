@@ -33,5 +33,13 @@ def ctranslate2(directory: str, target: str) -> None:
     TransformersConverter(directory).convert(target, quantization="float32")
 
 
+def main() -> None:
+    kind, *settings = sys.argv[1:]
+    if kind == "llamacpp":
+        llamacpp(*settings)
+    else:
+        ctranslate2(*settings)
+
+
 if __name__ == "__main__":
-    {"llamacpp": llamacpp, "ctranslate2": ctranslate2}[sys.argv[1]](*sys.argv[2:])
+    main()

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import tokens
@@ -139,7 +140,7 @@ class Transformers:
         return [row[:count] for row, count in zip(made, call.max_tokens, strict=True)]
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[str, dict[str, Any]], Engine]] = {
     "kvshard": Kvshard,
     "vllm": Vllm,
     "transformers": Transformers,
@@ -153,7 +154,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # whatever else is printed goes to the log
     os.dup2(2, 1)
     start = time.perf_counter()
-    engine: Engine = ENGINES[name](model, settings)
+    engine = ENGINES[name](model, settings)
     load_s = time.perf_counter() - start
     print(json.dumps({"version": engine.version, "load_s": load_s}), file=answers, flush=True)
     for line in sys.stdin:
