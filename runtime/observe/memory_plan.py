@@ -287,9 +287,8 @@ def _spare_tokens(shard: ShardPlan) -> float:
 
 def _more_room(config: JobConfig, spec: ModelSpec, fraction: float) -> str:
     size, room = config.tensor_parallel_size, f"cache.memory_fraction={fraction:g}"
-    wide = {"cache.dtype": config.cache.dtype == "auto", "quantization": config.quantization == "none"}
-    if any(wide.values()):
-        room += f", or set {' or '.join(f'{name}: int8' for name in wide if wide[name])}"
+    if config.cache.dtype == "auto" or config.quantization == "none":
+        room += f", or set {'cache.dtype' if config.cache.dtype == 'auto' else 'quantization'}: int8"
     if size == spec.num_q_heads:
         return f"raise {room}"
     return f"raise tensor_parallel_size={size} (up to {spec.num_q_heads}) or {room}"
