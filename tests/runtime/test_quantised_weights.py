@@ -156,8 +156,9 @@ def formats_by_parameter(spec: ModelSpec, formats: WeightFormats) -> dict[str, s
 
 
 def test_which_matrices_are_codes(tmp_path: Path) -> None:
-    """Heads of 24 channels cut groups of 32, and an MLP of 100 columns ends within one: these stay numbers."""
-    spec = open_checkpoint(make_llama(tmp_path / "a", intermediate_size=100)).spec
+    """Heads of 16 channels cut groups of 32 on some number of shards, so not on one either; an MLP of 100 columns ends
+    within a group."""
+    spec = open_checkpoint(make_llama(tmp_path / "a", intermediate_size=100, head_dim=16)).spec
     of = formats_by_parameter(spec, WeightFormats("int8"))
     assert of == dict.fromkeys(WHOLE, "Q8_0") | {"o": None, "down": None}
     spec = open_checkpoint(make_llama(tmp_path / "b", hidden_size=102, head_dim=32)).spec
