@@ -22,6 +22,7 @@ from torch import Tensor
 from kvshard.kernels.ops import AttentionMetadata, CacheFormat
 from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
+from kvshard.runtime.config import Quantization
 from kvshard.runtime.models.checkpoint import open_checkpoint
 from kvshard.runtime.models.resolve import fetch_demo
 from kvshard.runtime.models.tokenizer import load_tokenizer
@@ -37,14 +38,17 @@ BLOCK_SIZE = 16
 CPU = torch.device("cpu")
 
 
-def page_logits(formats: tuple[CacheFormat, ...], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+def page_logits(
+    formats: tuple[CacheFormat, ...], dtype: torch.dtype, quantization: Quantization = "none"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Token ids [T] of the page, and per format the logits [T, vocabulary] float32 after each of them."""
     path = fetch_demo()
     ids = torch.tensor(load_tokenizer(path, None, cache_dir())(PASSAGE.read_text())["input_ids"])
     length = len(ids)
     checkpoint = open_checkpoint(path)
     shard = ShardMap.build(checkpoint.spec.dims, 1).shard(0)
-    weights = load_weights(checkpoint, checkpoint.spec, shard, dtype, CPU)
+    kept = checkpoint.index.weight_formats(quantization)
+    weights = load_weights(checkpoint, checkpoint.spec, shard, dtype, CPU, kept)
     decoder = Decoder(checkpoint.spec, shard, weights, Group.single(CPU), length)
     num_blocks = -(-length // BLOCK_SIZE) + 1
     tables = torch.arange(1, num_blocks, dtype=torch.int32)[None]

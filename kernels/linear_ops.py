@@ -3,7 +3,8 @@
 Weights come wrapped, since each back end may want them in an order of its own: packed for the matrix unit of the
 processor, where it has one, and plain elsewhere. Products with a packed weight, and on CPU those of up to 64 tokens with a
 plain one, are each summed in one order, so that a token's outputs have the same bits alone and in any batch; products of
-torch's (cuBLAS, oneDNN) are not.
+torch's (cuBLAS, oneDNN) are not. A weight kept as codes gives, on each way, what its numbers give that were rounded to its
+dtype first: on CPU to the bit, but for torch's products with a matrix of more than 64 MiB, which is widened in pieces.
 
 T is the number of tokens, N and K the rows and columns of a weight. Each function raises ValueError when a shape, dtype
 or device does not fit.
@@ -17,17 +18,18 @@ from torch import Tensor
 
 from .checks import check, check_rows
 from .cpu import linear as cpu
+from .weight_codes import WeightCodes
 
 
 @dataclass(frozen=True, eq=False)
 class LinearWeight:
-    """A matrix [N, K] that inputs of K channels are multiplied with; `values` are its numbers, in rows or packed."""
+    """A matrix [N, K] that inputs of K channels are multiplied with; `values` are its numbers or codes, in rows or packed."""
 
-    values: Tensor
+    values: Tensor | WeightCodes
     packed: bool = False
 
     @classmethod
-    def take(cls, weight: Tensor) -> "LinearWeight":
+    def take(cls, weight: Tensor | WeightCodes) -> "LinearWeight":
         """Of a plain weight that nobody else reads from here on: where that helps it is packed, in place."""
         packed = weight.device.type == "cpu" and cpu.can_pack(weight)
         if packed:
@@ -51,7 +53,8 @@ def linear(
     returns  [T, N], contiguous
     """
     num_rows, width = weight.shape
-    check("x", x, ("T", width), weight.values, weight.values.dtype)
+    stored = weight.values if isinstance(weight.values, Tensor) else weight.values.codes
+    check("x", x, ("T", width), stored, weight.values.dtype)
     check_rows("x", x)
     if bias is not None:
         check("bias", bias, (num_rows,), x, x.dtype)
@@ -61,6 +64,10 @@ def linear(
     dtype = dtype or x.dtype
     if x.device.type == "cpu":
         return cpu.linear(x, weight.values, weight.packed, bias, dtype)
+    if isinstance(weight.values, WeightCodes):
+        from .triton.linear import quantised_linear
+
+        return quantised_linear(x, weight.values, bias, dtype)
     return F.linear(x, weight.values, bias).to(dtype)
 
 
@@ -80,11 +87,17 @@ def embedding(ids: Tensor, weight: LinearWeight, first_row: int | None = None, s
             return found
     num_rows, width = values.shape
     if first_row is None:
-        y = F.embedding(ids, values)
+        y = _look_up(ids, values)
     elif num_rows == 0:
-        return values.new_zeros(*ids.shape, width)
+        return torch.zeros(*ids.shape, width, dtype=values.dtype, device=values.device)
     else:
         local = ids - first_row
         elsewhere = (local < 0) | (local >= num_rows)
-        y = F.embedding(local.masked_fill_(elsewhere, 0), values).masked_fill_(elsewhere.unsqueeze(-1), 0)
+        y = _look_up(local.masked_fill_(elsewhere, 0), values).masked_fill_(elsewhere.unsqueeze(-1), 0)
     return y if scale == 1 else y.mul_(scale)
+
+
+def _look_up(ids: Tensor, values: Tensor | WeightCodes) -> Tensor:
+    if isinstance(values, Tensor):
+        return F.embedding(ids, values)
+    return values.rows(ids.flatten().long()).widen().view(*ids.shape, values.shape[1])

@@ -4,6 +4,7 @@ No code is shared with the back ends. Arithmetic is float64 and results are roun
 so float64 tensors in give float64 results out. Shapes and dtypes are those of `ops`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -34,6 +35,28 @@ def all_reduce_add_rms_norm(xs: Sequence[Tensor], residual: Tensor, weight: Tens
         total = total + x.double()
     residual.copy_(total.to(residual.dtype))
     return rms_norm(residual, weight, eps)
+
+
+def quantised_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias, where W [N, K] is codes * scales + minima, rounded to the dtype of x; see `weight_codes`.
+
+    codes: int8 [N, K], or uint8 [N, K / 2]; scales, minima: [N, K / 32].
+    """
+    num_rows, groups = scales.shape
+    w = torch.zeros(num_rows, groups, 32, dtype=torch.float64)
+    for row, group, channel in itertools.product(range(num_rows), range(groups), range(32)):
+        if codes.dtype == torch.int8:
+            code = int(codes[row, 32 * group + channel])
+        else:
+            byte = int(codes[row, 16 * group + channel % 16])
+            code = byte % 16 if channel < 16 else byte // 16
+            code = code - 8 if minima is None else code
+        least = 0.0 if minima is None else float(minima[row, group])
+        w[row, group, channel] = code * float(scales[row, group]) + least
+    y = x.double() @ w.float().to(x.dtype).double().view(num_rows, groups * 32).T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def rotary_kv_write(

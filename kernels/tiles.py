@@ -90,6 +90,24 @@ def attention_tiles(head_dim: int, format: CacheFormat, element_size: int) -> At
     )
 
 
+@dataclass(frozen=True)
+class LinearTile:
+    """One launch of the product with a weight kept as codes: tokens and rows of a program, groups of 32 channels a trip."""
+
+    block_t: int
+    block_n: int
+    groups: int
+    num_warps: int
+    num_stages: int
+
+
+def linear_tile(num_tokens: int) -> LinearTile:
+    """Few tokens: rows are split over many programs, as codes come from memory; many: each code that was read meets 64."""
+    if num_tokens <= 16:
+        return LinearTile(16, 32, 4, num_warps=4, num_stages=3)
+    return LinearTile(64, 64, 2, num_warps=4, num_stages=2)
+
+
 def rotary_tile(num_kv_heads: int, channels: int) -> int:
     """KV heads per program of rotary and cache write, a power of two: enough for 16-byte loads by a warp or more."""
     return min(1 << (num_kv_heads - 1).bit_length(), max(512 // channels, 1))

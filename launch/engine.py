@@ -72,6 +72,7 @@ class Engine:
         model_path = resolve_model(config.model, config.revision)
         index = read_index(model_path)
         shard_map = build_shard_map(config, index.spec)
+        formats = index.weight_formats(config.quantization)
         with ExitStack() as started:
             if launcher is None:
                 launcher = _launcher(config)
@@ -82,7 +83,7 @@ class Engine:
             planned: list[MemoryPlan] = []
 
             def size_cache(memory: list[int] | None) -> CacheSize:
-                plan = plan_memory(config, index.spec, shard_map, device_kind, memory)
+                plan = plan_memory(config, index.spec, shard_map, device_kind, memory, formats)
                 plan.require_fit()
                 planned.append(plan)
                 return CacheSize(plan.num_blocks, plan.max_model_len)

@@ -19,6 +19,7 @@ from ..runtime.models.families import spec_from_config
 from ..runtime.models.fields import Fields
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
+from ..runtime.models.weight_formats import WeightFormats
 from ..runtime.observe.memory_plan import (
     DeviceKind,
     MemoryPlan,
@@ -60,14 +61,14 @@ def plan(
     """
     config = load_config(job.absolute(), parse_overrides(overrides))
     memory = None if device_memory is None else parse_sizes(device_memory)
-    spec = read_spec(config)
+    spec, formats = read_model(config)
     shard_map = build_shard_map(config, spec)
     device_kind = _device_kind(config, planned=memory is not None)
     if memory is None:
         memory = _memory_here(device_kind, config.tensor_parallel_size)
     elif len(memory) == 1:
         memory *= config.tensor_parallel_size
-    result = plan_memory(config, spec, shard_map, device_kind, memory)
+    result = plan_memory(config, spec, shard_map, device_kind, memory, formats)
     if as_json:
         typer.echo(json.dumps(result.as_dict() | {"model": config.model}, indent=2))
     else:
@@ -90,14 +91,22 @@ def parse_sizes(text: str) -> list[int]:
     return sizes
 
 
-def read_spec(config: JobConfig) -> ModelSpec:
-    """The model's sizes. Of a hub model only config.json is fetched. Raises CheckpointError or ConfigError."""
+def read_model(config: JobConfig) -> tuple[ModelSpec, WeightFormats]:
+    """The model's sizes and how its matrices are kept. Of a hub model only config.json is fetched.
+
+    Raises CheckpointError or ConfigError.
+    """
     model = config.model
     is_hub_id = (
         model.count("/") == 1 and not model.startswith((".", "~", "/")) and not model.endswith(".gguf")
     )
     if not is_hub_id or Path(model).is_dir():
-        return read_index(resolve_model(model, config.revision)).spec
+        index = read_index(resolve_model(model, config.revision))
+        return index.spec, index.weight_formats(config.quantization)
+    if config.quantization == "keep":
+        raise ConfigError(
+            f"quantization: keep is for GGUF files, and model={model} is none; use int8, int4 or none"
+        )
     from huggingface_hub import hf_hub_download  # 0.5 s to import, and only hub ids need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -108,7 +117,8 @@ def read_spec(config: JobConfig) -> ModelSpec:
         raise ConfigError(
             f"model={model}: config.json could not be fetched from the hub: {reason}"
         ) from error
-    return spec_from_config(Fields(str(path), json.loads(path.read_text(encoding="utf-8"))), Fields("", {}))
+    fields = Fields(str(path), json.loads(path.read_text(encoding="utf-8")))
+    return spec_from_config(fields, Fields("", {})), WeightFormats(config.quantization)
 
 
 def _device_kind(config: JobConfig, planned: bool) -> DeviceKind:
@@ -175,7 +185,10 @@ def _print(console: Console, config: JobConfig, result: MemoryPlan) -> None:
         )
     console.print(table)
     fraction = memory_fraction(config.cache, result.device_kind)
-    console.print(f"dtype: {result.dtype}, cache {result.cache_dtype}; cache.memory_fraction {fraction:g}")
+    kept = "" if result.quantization == "none" else f" (quantization: {result.quantization})"
+    console.print(
+        f"dtype: {result.dtype}{kept}, cache {result.cache_dtype}; cache.memory_fraction {fraction:g}"
+    )
     console.print(
         f"cache: {result.num_blocks:,} blocks of {result.block_size} tokens, {result.num_tokens:,} tokens; "
         f"longest request {result.longest_request:,} of {result.max_model_len:,} tokens"

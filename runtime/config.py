@@ -18,6 +18,7 @@ from .errors import ConfigError
 from .sampling_params import SamplingParams
 
 Task = Literal["generate", "score"]
+Quantization = Literal["none", "int8", "int4", "keep"]
 
 
 class _Section(BaseModel):
@@ -144,6 +145,11 @@ class JobConfig(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on cuda, float32 on cpu"
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="weight matrices in memory; none: dtype; int8, int4: codes of 8 or 4 bits, made when they are loaded, "
+        "and a scale for each 32 channels; keep: the Q8_0, Q4_0 and Q4_1 blocks of a GGUF file as they are",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="for rows that bring no seed of their own")
     cache: CacheConfig = Field(default_factory=CacheConfig)

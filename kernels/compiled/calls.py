@@ -18,9 +18,11 @@ from ..peers import PeerBuffers
 from ..triton import sampling
 from ..triton.activation import gelu_mul, silu_mul
 from ..triton.attention import paged_attention
+from ..triton.linear import quantised_linear
 from ..triton.norm import add_rms_norm, rms_norm
 from ..triton.peer_all_reduce import all_reduce_add_rms_norm
 from ..triton.rotary_kv_write import rotary_kv_write
+from ..weight_codes import WeightCodes
 
 FORMATS: tuple[CacheFormat, ...] = ("auto", "int8", "fp8", "int4")
 
@@ -43,6 +45,7 @@ def typical_calls() -> Iterator[TypicalCall]:
     yield from all_reduce_calls()
     yield TypicalCall("silu_mul 14336", partial(silu_mul, bf16(8, 2 * 14336)))
     yield TypicalCall("gelu_mul 9216", partial(gelu_mul, bf16(8, 2 * 9216)))
+    yield from quantised_linear_calls()
     yield from cache_write_calls()
     for format in FORMATS:
         for head_dim in (64, 128, 256):
@@ -68,6 +71,25 @@ def all_reduce_calls() -> Iterator[TypicalCall]:
             f"all_reduce_add_rms_norm {world_size} x {hidden}",
             partial(all_reduce_add_rms_norm, x, x.clone(), weight, 1e-5, peers),
         )
+
+
+def quantised_linear_calls() -> Iterator[TypicalCall]:
+    """A decode step and a prefill; symmetric codes of 8 and 4 bits, and those of 4 with minima."""
+    rows, width = 6144, 4096
+    scales = torch.empty(rows, width // 32, dtype=torch.float16)
+    octets, halves = (
+        torch.empty(rows, width, dtype=torch.int8),
+        torch.empty(rows, width // 2, dtype=torch.uint8),
+    )
+    for name, codes, minima in (
+        ("int8", octets, None),
+        ("int4", halves, None),
+        ("int4 minima", halves, scales),
+    ):
+        weight = WeightCodes(codes, scales, minima, torch.bfloat16)
+        for tokens in (8, 512):
+            run = partial(quantised_linear, bf16(tokens, width), weight, None, torch.bfloat16)
+            yield TypicalCall(f"quantised_linear {name} x {tokens}", run)
 
 
 def cache_of(format: CacheFormat, head_dim: int) -> KVLayer:

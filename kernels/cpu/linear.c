@@ -5,7 +5,8 @@
 // and in any batch, and with any number of threads. linear_dots.h: in vectors, of a plain W. Here: on the matrix unit, of
 // a W in bfloat16 that is packed where it lies, so that it needs no second place. Each 32 of its rows become, for each 32
 // channels, two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h). Rows past the last
-// whole 32 stay as they are, and are packed again in every call.
+// whole 32 stay as they are, and are packed again in every call. A W that is kept as codes (linear_codes.h) becomes numbers
+// a few rows at a time, just before they are multiplied: they are in the cache then, and only codes come from memory.
 
 #include <omp.h>
 #include <stdlib.h>
@@ -49,14 +50,32 @@ static void shape_tiles(int64_t tokens) {
     load_shapes(&shapes);
 }
 
+// 32 channels of tokens meet 32 rows of W: x of the first token, w a product's tiles. near: w is in the second cache, and is
+// read past the first, which keeps the tokens.
+static inline __attribute__((always_inline)) void multiply_tiles(const uint16_t *x, int64_t stride, const uint16_t *w, int64_t tokens, int near) {
+    if (near) _tile_stream_loadd(6, w, 64);
+    else _tile_loadd(6, w, 64);
+    _tile_loadd(4, x, (size_t)stride * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    if (near) _tile_stream_loadd(7, w + SIDE * CHUNK, 64);
+    else _tile_loadd(7, w + SIDE * CHUNK, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (tokens > SIDE) {
+        _tile_loadd(5, x + SIDE * stride, (size_t)stride * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
 // Adds to sums[2][2][16 tokens][16 rows] of up to 32 tokens and one chunk of W the products of k channels, or makes them
-// where `first`. near: W is in the second cache. It is then read past the first, which keeps the tokens; else fetched ahead.
+// where `first`. The chunk is one of tiles at w, or, where w is null, of codes. Tiles are made of those one product ahead, so
+// that there is always something to do while others come from memory.
 static inline __attribute__((always_inline)) void multiply(
-    const uint16_t *x, int64_t stride, const uint16_t *w, int64_t tokens, int64_t k, int first, int near, float *sums
+    const struct linear *a, const uint16_t *x, const uint16_t *w, int64_t chunk, int64_t tokens, int64_t k, int first, int near, float *sums
 ) {
     enum { SUMS = SIDE * SIDE };
-    const uint16_t *second = x + SIDE * stride;
-    size_t bytes = (size_t)stride * 2;
+    _Alignas(64) uint16_t tiles[2][CHUNK * CHUNK];
+    int64_t products = k / CHUNK;
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -68,20 +87,15 @@ static inline __attribute__((always_inline)) void multiply(
         _tile_loadd(2, sums + 2 * SUMS, 64);
         _tile_loadd(3, sums + 3 * SUMS, 64);
     }
-    for (int64_t c = 0; c < k; c += CHUNK, w += CHUNK * CHUNK) {
-        for (int i = 0; i < CHUNK * CHUNK && !near; i += 32) _mm_prefetch((const char *)(w + AHEAD * CHUNK * CHUNK + i), _MM_HINT_T0);
-        if (near) _tile_stream_loadd(6, w, 64);
-        else _tile_loadd(6, w, 64);
-        _tile_loadd(4, x + c, bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        if (near) _tile_stream_loadd(7, w + SIDE * CHUNK, 64);
-        else _tile_loadd(7, w + SIDE * CHUNK, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (tokens > SIDE) {
-            _tile_loadd(5, second + c, bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+    if (!w) widen_product(&a->codes, chunk, 0, tiles[0]);
+    for (int64_t i = 0; i < products; i++) {
+        const uint16_t *next = w ? w + i * CHUNK * CHUNK : tiles[i % 2];
+        for (int j = 0; j < CHUNK * CHUNK && w && !near; j += 32) _mm_prefetch((const char *)(next + AHEAD * CHUNK * CHUNK + j), _MM_HINT_T0);
+        if (!w) {
+            if (i + 1 < products) widen_product(&a->codes, chunk, i + 1, tiles[(i + 1) % 2]);
+            settle(tiles);
         }
+        multiply_tiles(x + i * CHUNK, a->x_stride, next, tokens, near);
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + SUMS, 64);
@@ -112,30 +126,42 @@ static void write_sums(const struct linear *a, const float *sums, int64_t token,
     }
 }
 
+// Chunks of W that all tokens meet before the next. Those of codes are numbers meanwhile.
+static int64_t kept_chunks(const struct linear *a) { return KEPT_BYTES / (CHUNK * 2 * a->k) + 1; }
+static int keeps_numbers(const struct linear *a) { return a->codes.bits && a->num_tokens > CHUNK; }
+
 // Chunks first .. end - 1 of W with all tokens. Channels are taken by the panel: those of a chunk of tokens and of one of W
-// fit into the first cache together.
-static void multiply_chunks(const struct linear *a, const uint16_t *rest, int64_t first, int64_t end) {
-    const uint16_t *x = a->x, *packed = a->w;
+// fit into the first cache together. numbers: room for those of kept chunks, if they are kept.
+static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *numbers, int64_t first, int64_t end) {
+    const uint16_t *packed = a->w;
     _Alignas(64) float sums[KEPT_SUMS * CHUNK * CHUNK];
     int64_t panels = a->num_tokens <= CHUNK ? 1 : (a->k + PANEL - 1) / PANEL;
     int64_t panel = (a->k / CHUNK + panels - 1) / panels * CHUNK;
-    int64_t kept = KEPT_BYTES / (CHUNK * 2 * a->k) + 1, shaped = 0;
-    for (int64_t begin = first; begin < end; begin += kept)
+    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * a->k, shaped = 0;
+    for (int64_t begin = first; begin < end; begin += kept) {
+        int64_t behind = min64(begin + kept, end);
+        for (int64_t chunk = begin; keeps_numbers(a) && chunk < min64(behind, whole); chunk++)
+            widen_chunk(&a->codes, chunk, numbers + (chunk - begin) * size);
+        settle(numbers);
         for (int64_t token = 0; token < a->num_tokens; token += CHUNK) {
-            int64_t tokens = min64(CHUNK, a->num_tokens - token), behind = min64(begin + kept, end);
+            int64_t tokens = min64(CHUNK, a->num_tokens - token);
             if (tokens != shaped) shape_tiles(tokens);
             shaped = tokens;
             for (int64_t c = 0; c < a->k; c += panel)
                 for (int64_t chunk = begin; chunk < behind; chunk++) {
-                    const uint16_t *w = (chunk + 1) * CHUNK <= a->n ? packed + chunk * CHUNK * a->k : rest;
-                    const uint16_t *tokens_at = x + token * a->x_stride + c, *rows = w + c * CHUNK;
+                    const uint16_t *x = (const uint16_t *)a->x + token * a->x_stride + c, *w = NULL;
+                    if (chunk == whole) w = rest;
+                    else if (keeps_numbers(a)) w = numbers + (chunk - begin) * size;
+                    else if (!a->codes.bits) w = packed + chunk * size;
                     int64_t channels = min64(panel, a->k - c), last = c + panel >= a->k;
                     float *at = sums + (panels > 1 ? (chunk - begin) * CHUNK * CHUNK : 0);
-                    if (token > 0) multiply(tokens_at, a->x_stride, rows, tokens, channels, c == 0, 1, at);
-                    else multiply(tokens_at, a->x_stride, rows, tokens, channels, c == 0, 0, at);
+                    if (!w) multiply(a, x, NULL, chunk, tokens, channels, 1, 0, at);
+                    else if (token > 0) multiply(a, x, w + c * CHUNK, chunk, tokens, channels, c == 0, 1, at);
+                    else multiply(a, x, w + c * CHUNK, chunk, tokens, channels, c == 0, 0, at);
                     if (last) write_sums(a, at, token, tokens, chunk * CHUNK);
                 }
         }
+    }
     _tile_release();
 }
 #endif
@@ -163,12 +189,22 @@ int linear_pack(uint16_t *w, int64_t n, int64_t k) {
     return 0;
 }
 
+// Codes of n rows of W, in place. Returns 1 for want of memory.
+int linear_pack_codes(const struct codes *w, int64_t n) {
+#ifdef HAVE_AMX
+    return pack_codes(w, n);
+#else
+    return 0;
+#endif
+}
+
 struct rows {
     const void *w;
     const int64_t *ids;
     void *out;
     int64_t num_ids, first_row, whole, n, k, number_bytes, packed, format;  // whole: W has all rows that there are
-    float scale;  // 1: numbers of any format are copied
+    struct codes codes;  // in the place of w
+    float scale;         // 1: numbers of any format are copied
 };
 
 static void scale_numbers(const struct rows *a, void *out) {
@@ -191,16 +227,18 @@ int linear_rows(const struct rows *a) {
             memset(out, 0, (size_t)row_bytes);
             continue;
         }
+        int packed = a->packed && row < a->n / 32 * 32;
+        if (a->codes.bits) widen_row_of(&a->codes, row, packed, a->format, out);
 #ifdef HAVE_AMX
-        int64_t chunk = row / CHUNK, in_chunk = row % CHUNK;
-        if (a->packed && (chunk + 1) * CHUNK <= a->n) {
+        else if (packed) {
+            int64_t chunk = row / CHUNK, in_chunk = row % CHUNK;
             const uint16_t *pairs = (const uint16_t *)a->w + chunk * CHUNK * a->k;
             pairs += in_chunk / SIDE * SIDE * CHUNK + in_chunk % SIDE * 2;
             for (int64_t pair = 0; pair < a->k / 2; pair++)
                 memcpy(out + 4 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
-        } else
+        }
 #endif
-            memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
+        else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
         if (a->scale != 1) scale_numbers(a, out);
     }
     return 0;
@@ -209,19 +247,25 @@ int linear_rows(const struct rows *a) {
 // Of a packed W. Returns 1 for want of memory.
 int linear_packed(const struct linear *a) {
 #ifdef HAVE_AMX
-    int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads;
-    uint16_t *rest = NULL;
-    if (whole < chunks) {
-        rest = malloc((size_t)(CHUNK * a->k) * 2);
-        if (!rest) return 1;
-        pack_chunk((const uint16_t *)a->w + whole * CHUNK * a->k, a->n - whole * CHUNK, a->k, rest);
+    int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads, size = CHUNK * a->k;
+    int64_t numbers = keeps_numbers(a) ? kept_chunks(a) * size : 0, last = whole < chunks ? 2 * size : 0;
+    uint16_t *room = last + numbers ? aligned_alloc(64, (size_t)(last + threads * numbers) * 2) : NULL, *rest = room;
+    if (last + numbers && !room) return 1;
+    if (last) {
+        const uint16_t *rows = (const uint16_t *)a->w + whole * size;
+        if (a->codes.bits) {
+            for (int64_t row = whole * CHUNK; row < a->n; row++)
+                widen_row_of(&a->codes, row, 0, BFLOAT16, rest + size + row % CHUNK * a->k);
+            rows = rest + size;
+        }
+        pack_chunk(rows, a->n - whole * CHUNK, a->k, rest);
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        multiply_chunks(a, rest, chunks * me / all, chunks * (me + 1) / all);
+        multiply_chunks(a, rest, room + last + me * numbers, chunks * me / all, chunks * (me + 1) / all);
     }
-    free(rest);
+    free(room);
 #endif
     return 0;
 }
@@ -229,17 +273,20 @@ int linear_packed(const struct linear *a) {
 // Of a plain W. Returns 1 for want of memory.
 int linear_plain(const struct linear *a) {
     int64_t padded = (a->k + LANES - 1) / LANES * LANES, groups = (a->n + ROWS - 1) / ROWS, threads = a->num_threads;
-    float *x = malloc((size_t)(a->num_tokens * padded) * 4 + 1);
+    int64_t row_bytes = a->k * (a->format == FLOAT32 ? 4 : 2), widened = a->codes.bits ? ROWS * row_bytes : 0;
+    float *x = malloc((size_t)(a->num_tokens * padded * 4 + threads * widened) + 1);
     if (!x) return 1;
     for (int64_t t = 0; t < a->num_tokens; t++) widen_row(a, t, padded, x + t * padded);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
         int64_t first = groups * me / all * ROWS, end = min64(groups * (me + 1) / all * ROWS, a->n);
-        switch (a->format) {
-        case FLOAT32: float32_dots(a, x, padded, first, end); break;
-        case BFLOAT16: bfloat16_dots(a, x, padded, first, end); break;
-        default: float16_dots(a, x, padded, first, end);
+        uint8_t *rows = (uint8_t *)(x + a->num_tokens * padded) + me * widened;
+        if (!a->codes.bits) dots(a, x, padded, (const uint8_t *)a->w + first * row_bytes, first, end);
+        else for (int64_t row = first; row < end; row += ROWS) {
+            int64_t after = min64(row + ROWS, end);
+            for (int64_t i = row; i < after; i++) widen_row_of(&a->codes, i, 0, a->format, rows + (i - row) * row_bytes);
+            dots(a, x, padded, rows, row, after);
         }
     }
     free(x);

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..weight_codes import WeightCodes
 from .library import FORMAT_CODES, load
 from .tape import call, empty, no_memory
 
@@ -18,6 +19,18 @@ _CHANNELS = 32  # of a product of tiles
 _MOST_DOTS = 64  # tokens up to which a plain weight is read in C; torch's blocks are better for more
 
 
+_PIECE_BYTES = 64 << 20  # numbers that are made of codes at a time for a product in torch
+
+
+class _Codes(ctypes.Structure):
+    """struct codes"""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("codes", "scales", "minima")),
+        *((name, _INT) for name in ("bits", "groups")),
+    )
+
+
 class _Linear(ctypes.Structure):
     """struct linear"""
 
@@ -25,6 +38,7 @@ class _Linear(ctypes.Structure):
         *((name, _POINTER) for name in ("x", "w", "bias", "out")),
         *((name, _INT) for name in ("num_tokens", "n", "k", "x_stride", "format", "to_float32")),
         ("num_threads", _INT),
+        ("codes", _Codes),
     )
 
 
@@ -35,6 +49,7 @@ class _Rows(ctypes.Structure):
         *((name, _POINTER) for name in ("w", "ids", "out")),
         *((name, _INT) for name in ("num_ids", "first_row", "whole", "n", "k")),
         *((name, _INT) for name in ("number_bytes", "packed", "format")),
+        ("codes", _Codes),
         ("scale", ctypes.c_float),
     )
 
@@ -45,38 +60,45 @@ def _library() -> ctypes.CDLL | None:
     library = load("linear.c", "-fopenmp", "-ffp-contract=fast")
     if library is not None:
         library.linear_pack.argtypes = [_POINTER, _INT, _INT]
+        library.linear_pack_codes.argtypes = [_POINTER, _INT]
     return library
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor | WeightCodes) -> bool:
     """Whether a weight, [N, K], may be packed for the processor's matrix unit, if it has one."""
     width = weight.shape[1]
-    fits = weight.dtype == torch.bfloat16 and width > 0 and width % _CHANNELS == 0 and weight.is_contiguous()
+    fits = weight.dtype == torch.bfloat16 and width > 0 and width % _CHANNELS == 0
+    whole = isinstance(weight, WeightCodes) or weight.is_contiguous()
     library = _library()
-    return fits and library is not None and bool(library.linear_packs())
+    return fits and whole and library is not None and bool(library.linear_packs())
 
 
-def pack(weight: Tensor) -> None:
+def pack(weight: Tensor | WeightCodes) -> None:
     """Packs a weight that `can_pack`, in place. Raises MemoryError."""
     library = _library()
     assert library is not None, "see can_pack"
-    if library.linear_pack(weight.data_ptr(), *weight.shape):
-        raise no_memory(1)
+    if isinstance(weight, WeightCodes):
+        status = library.linear_pack_codes(ctypes.byref(_codes(weight)), weight.shape[0])
+    else:
+        status = library.linear_pack(weight.data_ptr(), *weight.shape)
+    if status:
+        raise no_memory(status)
 
 
-def linear(x: Tensor, weight: Tensor, packed: bool, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | WeightCodes, packed: bool, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """See `linear_ops.linear`."""
     library = _library()
     num_tokens = x.shape[0]
-    if not packed and (
-        library is None or x.dtype not in _DTYPES or not weight.is_contiguous() or num_tokens > _MOST_DOTS
-    ):
-        return F.linear(x, weight, bias).to(dtype)
+    strided = isinstance(weight, Tensor) and not weight.is_contiguous()
+    if not packed and (library is None or x.dtype not in _DTYPES or strided or num_tokens > _MOST_DOTS):
+        return _in_torch(x, weight, bias).to(dtype)
     assert library is not None, "see can_pack"
     out = empty((num_tokens, weight.shape[0]), dtype)
     arguments = _Linear(
         x.data_ptr(),
-        weight.data_ptr(),
+        _place(weight),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         num_tokens,
@@ -85,15 +107,19 @@ def linear(x: Tensor, weight: Tensor, packed: bool, bias: Tensor | None, dtype: 
         FORMAT_CODES[x.dtype],
         dtype == torch.float32,
         torch.get_num_threads(),
+        _codes(weight),
     )
     call(library.linear_packed if packed else library.linear_plain, arguments, no_memory)
     return out
 
 
-def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int | None, scale: float) -> Tensor | None:
+def rows(
+    ids: Tensor, weight: Tensor | WeightCodes, packed: bool, first_row: int | None, scale: float
+) -> Tensor | None:
     """See `linear_ops.embedding`; None where there is no compiler."""
     library = _library()
-    if library is None or weight.dtype not in _DTYPES or not weight.is_contiguous():
+    plain = isinstance(weight, Tensor) and (weight.dtype not in _DTYPES or not weight.is_contiguous())
+    if library is None or plain:
         assert not packed, "see can_pack"
         return None
     if ids.dtype != torch.int64 or not ids.is_contiguous():
@@ -101,7 +127,7 @@ def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int | None, scale
     num_rows, width = weight.shape
     out = empty((*ids.shape, width), weight.dtype)
     arguments = _Rows(
-        weight.data_ptr(),
+        _place(weight),
         ids.data_ptr(),
         out.data_ptr(),
         ids.numel(),
@@ -109,10 +135,47 @@ def rows(ids: Tensor, weight: Tensor, packed: bool, first_row: int | None, scale
         first_row is None,
         num_rows,
         width,
-        weight.element_size(),
+        weight.dtype.itemsize,
         packed,
         FORMAT_CODES[weight.dtype],
+        _codes(weight),
         scale,
     )
     call(library.linear_rows, arguments, lambda status: IndexError(f"an id outside of {num_rows} rows"))
     return out
+
+
+def _place(weight: Tensor | WeightCodes) -> int | None:
+    return weight.data_ptr() if isinstance(weight, Tensor) else None
+
+
+def _codes(weight: Tensor | WeightCodes) -> _Codes:
+    """All zeros for a weight that is not kept as codes."""
+    if isinstance(weight, Tensor):
+        return _Codes()
+    minima = None if weight.minima is None else weight.minima.data_ptr()
+    return _Codes(
+        weight.codes.data_ptr(),
+        weight.scales.data_ptr(),
+        minima,
+        weight.bits,
+        weight.scales.shape[1],
+    )
+
+
+def _in_torch(x: Tensor, weight: Tensor | WeightCodes, bias: Tensor | None) -> Tensor:
+    """Codes become numbers in pieces of rows, a matrix of ordinary size in one."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    num_rows, width = weight.shape
+    most = max(1, _PIECE_BYTES // max(1, width * weight.dtype.itemsize))
+    products = []
+    for first in range(0, num_rows, most):
+        end = min(first + most, num_rows)
+        wide = rows(torch.arange(first, end), weight, False, None, 1.0)
+        if wide is None:
+            wide = weight.rows(slice(first, end)).widen()
+        products.append(F.linear(x, wide, None if bias is None else bias[first:end]))
+    if not products:
+        return x.new_empty(x.shape[0], 0)
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)

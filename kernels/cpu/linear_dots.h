@@ -1,12 +1,14 @@
 // Products with a plain weight matrix in vectors, for steps of few tokens: each row of W is a dot product with each token.
 
 #pragma once
+#include "linear_codes.h"
 #include "vectors.h"
 
 struct linear {
     const void *x, *w, *bias;  // [num_tokens, k], [n, k], [n] or null; of one format
     void *out;                 // [num_tokens, n], of that format or float32
     int64_t num_tokens, n, k, x_stride, format, to_float32, num_threads;
+    struct codes codes;        // in the place of w, which is not read then
 };
 
 enum { ROWS = 4, TOKENS = LANES / ROWS };  // rows of W and tokens that meet in registers: a lane of a sum each
@@ -33,16 +35,16 @@ static inline void write_dot(const struct linear *a, int64_t token, int64_t row,
     else ((_Float16 *)a->out)[at] = (_Float16)sum;
 }
 
-// Rows first .. end - 1 of W with all tokens. Rows and tokens that are missing repeat the last one, and are not written.
+// Rows first .. end - 1 of W, which lie at `stored`, with all tokens. Rows and tokens that are missing repeat the last one, and are not written.
 #define DEFINE_DOTS(NAME, T, LOAD)                                                                                    \
-    static void NAME(const struct linear *a, const float *x, int64_t padded, int64_t first, int64_t end) {            \
+    static void NAME(const struct linear *a, const float *x, int64_t padded, const void *stored, int64_t first, int64_t end) {\
         int64_t whole = a->k / LANES * LANES, rest = a->k - whole;                                                    \
         for (int64_t row = first; row < end; row += ROWS) {                                                           \
             const T *w[ROWS];                                                                                         \
             T last[ROWS][LANES];                                                                                      \
             memset(last, 0, sizeof last);                                                                             \
             for (int64_t i = 0; i < ROWS; i++) {                                                                      \
-                w[i] = (const T *)a->w + min64(row + i, end - 1) * a->k;                                              \
+                w[i] = (const T *)stored + (min64(row + i, end - 1) - first) * a->k;                                  \
                 memcpy(last[i], w[i] + whole, (size_t)rest * sizeof(T));                                              \
             }                                                                                                         \
             for (int64_t token = 0; token < a->num_tokens; token += TOKENS) {                                         \
@@ -68,3 +70,11 @@ static inline void write_dot(const struct linear *a, int64_t token, int64_t row,
 DEFINE_DOTS(float32_dots, float, load)
 DEFINE_DOTS(bfloat16_dots, uint16_t, load_bf16)
 DEFINE_DOTS(float16_dots, _Float16, load_f16)
+
+static void dots(const struct linear *a, const float *x, int64_t padded, const void *stored, int64_t first, int64_t end) {
+    switch (a->format) {
+    case FLOAT32: float32_dots(a, x, padded, stored, first, end); break;
+    case BFLOAT16: bfloat16_dots(a, x, padded, stored, first, end); break;
+    default: float16_dots(a, x, padded, stored, first, end);
+    }
+}

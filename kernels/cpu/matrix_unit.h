@@ -1,6 +1,7 @@
 // Whether there is a matrix unit (AMX of Intel processors), whether this process may use it, and what its users share.
 
 #pragma once
+#include <stdint.h>
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512FP16__) && defined(__linux__)
 #define HAVE_AMX 1

@@ -18,6 +18,7 @@ _RESULT_KEYS = (
     "tokenizer",
     "chat_template",
     "dtype",
+    "quantization",
     "cache.dtype",
     "seed",
     *(f"sampling.{name}" for name in SamplingParams.model_fields),

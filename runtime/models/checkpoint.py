@@ -9,9 +9,12 @@ import torch
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 
+from ...kernels.weight_codes import WeightCodes
 from .checkpoint_index import CheckpointIndex, read_index
 from .spec import ModelSpec
 from .tensor_info import STORED_TYPES, TensorInfo
+from .weight_blocks import made, taken
+from .weight_formats import BlockFormat
 
 CHUNK_BYTES = 8 << 20  # stored bytes read at a time: bounds the host memory above the destination
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -65,11 +68,34 @@ class Checkpoint:
         assert out_rows.shape == (len(rows), len(columns)), f"{name}: {tuple(out.shape)} for {wanted}"
         if not (rows and columns):
             return
-        for chunk, values in self._chunks(info, rows, columns):
-            out_rows[chunk.start - rows.start : chunk.stop - rows.start].copy_(values)
+        for place, data in self._chunks(info, rows, columns):
+            out_rows[place].copy_(_unpermuted(_numbers(data, info, columns), info))
 
-    def _chunks(self, info: TensorInfo, rows: range, columns: range) -> Iterator[tuple[range, torch.Tensor]]:
-        """[rows in chunk, columns] tensors, in order; each holds CHUNK_BYTES of stored data or one head more."""
+    def read_codes(
+        self, out: WeightCodes, format: BlockFormat, name: str, axis: int = 0, indices: range | None = None
+    ) -> None:
+        """Fill `out`, of `format`, with `indices` of one axis of a matrix; columns by whole blocks.
+
+        Blocks that the file has in this format are taken as they are, others are made of the tensor's numbers.
+        """
+        info = self.index.tensors[name]
+        wanted = range(info.shape[axis]) if indices is None else indices
+        rows, columns = (wanted, range(info.shape[1])) if axis == 0 else (range(info.num_rows), wanted)
+        assert out.shape == (len(rows), len(columns)), f"{name}: {tuple(out.shape)} for {wanted}"
+        if not (rows and columns):
+            return
+        for place, data in self._chunks(info, rows, columns):
+            parts = (
+                taken(data, format) if info.dtype == format else made(_numbers(data, info, columns), format)
+            )
+            for target, part in zip(out.tensors, parts, strict=True):
+                target[place].copy_(_unpermuted(part, info))
+
+    def _chunks(self, info: TensorInfo, rows: range, columns: range) -> Iterator[tuple[slice, Bytes]]:
+        """Where in `rows` a chunk lies, and the stored bytes of its columns' blocks, [rows in chunk, bytes], in order.
+
+        Each holds CHUNK_BYTES or one head more.
+        """
         block, block_bytes = STORED_TYPES[info.dtype]
         first_block, last_block = columns.start // block, -(-columns.stop // block)
         head_dim = info.permuted_head_dim or 1
@@ -82,10 +108,7 @@ class Checkpoint:
                 chunk.start : chunk.stop, first_block * block_bytes : last_block * block_bytes
             ].copy()
             self.bytes_read += data.nbytes
-            values = _decode(data, info.dtype)[
-                :, columns.start - first_block * block : columns.stop - first_block * block
-            ]
-            yield chunk, _unpermute(values, head_dim) if info.permuted_head_dim else values
+            yield slice(chunk.start - rows.start, chunk.stop - rows.start), data
 
     def _stored(self, info: TensorInfo) -> Bytes:
         """The tensor's bytes in the file, [num_rows, row_bytes], not read yet."""
@@ -105,16 +128,21 @@ def _torch_dtype(stored: str) -> torch.dtype:
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
 
 
-def _decode(data: Bytes, stored: str) -> torch.Tensor:
-    """[rows, bytes] to [rows, elements]."""
-    if STORED_TYPES[stored][0] == 1:
-        return torch.from_numpy(data).view(_torch_dtype(stored))
-    values: torch.Tensor = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[stored]))
-    return values
+def _numbers(data: Bytes, info: TensorInfo, columns: range) -> torch.Tensor:
+    """[rows, bytes] of the blocks that have the columns to [rows, columns]."""
+    block = STORED_TYPES[info.dtype][0]
+    if block == 1:
+        return torch.from_numpy(data).view(_torch_dtype(info.dtype))
+    values: torch.Tensor = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[info.dtype]))
+    first = columns.start // block * block
+    return values[:, columns.start - first : columns.stop - first]
 
 
-def _unpermute(values: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of each head from llama.cpp's (i, i + half) pairs back to first half, second half."""
+def _unpermuted(values: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """Rows of each head from llama.cpp's (i, i + half) pairs back to first half, second half, where they are so."""
+    head_dim = info.permuted_head_dim
+    if head_dim is None:
+        return values
     num_rows, num_columns = values.shape
     pairs = values.reshape(num_rows // head_dim, head_dim // 2, 2, num_columns)
     return pairs.transpose(1, 2).reshape(num_rows, num_columns)

@@ -8,12 +8,15 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
+from ..config import Quantization
 from . import families, gguf_families, gguf_file, safetensors_file
 from .fields import CheckpointError, Fields
 from .parameters import expected_tensors
 from .spec import ModelSpec
 from .tensor_info import TensorInfo, listed
+from .weight_formats import BlockFormat, WeightFormats
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -27,6 +30,17 @@ class CheckpointIndex:
     folder: Path
     spec: ModelSpec
     tensors: Mapping[str, TensorInfo]
+
+    def weight_formats(self, quantization: Quantization) -> WeightFormats:
+        """How a job keeps the matrices. Raises CheckpointError when there are no blocks to keep."""
+        stored = {name: info.dtype for name, info in self.tensors.items()}
+        types = sorted(set(stored.values()))
+        if quantization == "keep" and not set(types) & set(get_args(BlockFormat)):
+            raise CheckpointError(
+                f"quantization: keep is for GGUF files with {', '.join(get_args(BlockFormat))} blocks, and the tensors in "
+                f"{self.folder} are {', '.join(types)}; use int8 or int4, which are made when weights are loaded, or none"
+            )
+        return WeightFormats(quantization, stored)
 
 
 def read_index(path: Path) -> CheckpointIndex:

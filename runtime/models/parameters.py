@@ -18,16 +18,21 @@
     final_norm                    [hidden]                              whole
     lm_head                       [vocab_rows, hidden]                  lm_head rows, or alias of embed
 
-A model has those norms and biases that its spec has. Tensors are named by `ModelSpec.names`.
+A model has those norms and biases that its spec has. Tensors are named by `ModelSpec.names`. A matrix may be kept as codes
+of groups of 32 columns if groups are whole on any shard: if hidden (embed, qkv, gate_up, lm_head), head_dim (o) or the whole
+model's MLP columns (down) are a multiple of 32. So groups are those of the whole model, on any number of shards.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...parallel.shard_map import Shard
 from .spec import ModelSpec
+from .weight_formats import BLOCK, WIDE, BlockFormat, WeightFormats, block_bytes
+
+_ALIGNMENT = 4  # bytes: any number of scales may come before a float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,8 @@ class Piece:
 class Parameter:
     """One local tensor. `alias_of` names the parameter whose storage it shares; it then has no pieces.
 
-    `added` is added to every element that was read.
+    `added` is added to every element that was read. `unit`: shards cut the columns at multiples of it; 0 for a vector.
+    `format`: of a matrix that is kept as codes.
     """
 
     name: str
@@ -52,11 +58,20 @@ class Parameter:
     pieces: tuple[Piece, ...]
     alias_of: str | None = None
     added: float = 0.0
+    unit: int = 0
+    format: BlockFormat | None = None
 
     @property
     def num_elements(self) -> int:
         """Elements this parameter adds to storage: 0 for an alias."""
         return 0 if self.alias_of else math.prod(self.shape)
+
+    def num_bytes(self, dtype_bytes: int) -> int:
+        """Of its storage, where numbers have `dtype_bytes` each."""
+        if self.format is None:
+            return self.num_elements * dtype_bytes
+        blocks = self.num_elements // BLOCK * block_bytes(self.format)
+        return -(-blocks // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +110,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def local_parameters(spec: ModelSpec, shard: Shard) -> list[Parameter]:
+def local_parameters(spec: ModelSpec, shard: Shard, formats: WeightFormats = WIDE) -> list[Parameter]:
     """Every parameter of one shard, in the order the decoder uses them."""
     hidden, vocab_rows = spec.hidden_size, shard.vocab_rows
     embed = _Part("model.embed_tokens", 0, spec.vocab_size)
@@ -108,7 +123,12 @@ def local_parameters(spec: ModelSpec, shard: Shard) -> list[Parameter]:
     else:
         head = _Part("lm_head", 0, spec.vocab_size)
         parameters.append(_rows("lm_head", "weight", [(head, vocab_rows)], hidden))
-    return parameters
+    return [
+        replace(parameter, format=formats.of(piece.tensor for piece in parameter.pieces))
+        if parameter.unit and parameter.unit % BLOCK == 0
+        else parameter
+        for parameter in parameters
+    ]
 
 
 def _layer_parameters(spec: ModelSpec, shard: Shard, layer: int) -> list[Parameter]:
@@ -130,16 +150,17 @@ def _layer_parameters(spec: ModelSpec, shard: Shard, layer: int) -> list[Paramet
         q_range, k_range = (q_rows, kv_rows) if spec.qk_norm == "width" else (whole, whole)
         parameters.append(_norm(spec, local + "q_norm", prefix + names.q_norm, q_range))
         parameters.append(_norm(spec, local + "k_norm", prefix + names.k_norm, k_range))
-    parameters.append(_columns(local + "o", hidden, f"{prefix}{names.o}.weight", q_rows))
+    parameters.append(_columns(local + "o", hidden, f"{prefix}{names.o}.weight", q_rows, spec.head_dim))
     parameters += norms(attention_out_norm=names.attention_out_norm, mlp_norm=names.mlp_norm)
     parameters.append(_rows(local + "gate_up", "weight", gate_up, hidden))
-    parameters.append(_columns(local + "down", hidden, f"{prefix}{names.down}.weight", columns))
+    down = f"{prefix}{names.down}.weight"
+    parameters.append(_columns(local + "down", hidden, down, columns, spec.intermediate_size))
     return parameters + norms(mlp_out_norm=names.mlp_out_norm)
 
 
-def weight_bytes(spec: ModelSpec, shard: Shard, dtype_bytes: int) -> int:
-    """Storage bytes of one shard's parameters at `dtype_bytes` per element, aliases counted once."""
-    return sum(parameter.num_elements for parameter in local_parameters(spec, shard)) * dtype_bytes
+def weight_bytes(spec: ModelSpec, shard: Shard, dtype_bytes: int, formats: WeightFormats = WIDE) -> int:
+    """Storage bytes of one shard's parameters at `dtype_bytes` a number, aliases counted once."""
+    return sum(parameter.num_bytes(dtype_bytes) for parameter in local_parameters(spec, shard, formats))
 
 
 def _prefix(layer: int) -> str:
@@ -186,8 +207,9 @@ def _rows(
         stored = range(part.start + rows.start, part.start + rows.stop)
         pieces.append(Piece(f"{part.name}.{kind}", 0, stored, offset))
         offset += len(rows)
-    return Parameter(name, (offset,) if width is None else (offset, width), tuple(pieces))
+    shape = (offset,) if width is None else (offset, width)
+    return Parameter(name, shape, tuple(pieces), unit=width or 0)
 
 
-def _columns(name: str, height: int, tensor: str, columns: range) -> Parameter:
-    return Parameter(name, (height, len(columns)), (Piece(tensor, 1, columns, 0),))
+def _columns(name: str, height: int, tensor: str, columns: range, unit: int) -> Parameter:
+    return Parameter(name, (height, len(columns)), (Piece(tensor, 1, columns, 0),), unit=unit)

@@ -2,7 +2,7 @@
 
 Per shard, in bytes:
 
-    weights   = storage of its parameters, aliases once                            (exact)
+    weights   = storage of its parameters, aliases once: numbers, or blocks of codes  (exact)
     KV        = sum over layer groups of blocks * block_size * 2 * layers * local KV heads * row  (exact)
       blocks  = num_blocks; in a group whose layers have a window at most what its rows can hold (coordinator/limits.py):
                 (max_num_seqs + max(max_num_seqs // 8, 1)) * (ceil(window / block_size) + 1)
@@ -15,7 +15,7 @@ Per shard, in bytes:
       seen        = max_num_seqs * min(vocabulary rows, 2 * longest request) * 28     tokens to penalise, and room for it
       rotary      = longest request * 2 * sum of rotary_dim * 4       cos and sin, float32, of every kind of layer
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
-                    there are more shards; CPU: 256 MiB
+                    there are more shards; CPU: 256 MiB, and 64 MiB with `quantization` (matrices widened for long steps)
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
 `memory_fraction * memory` after weights and reserve holds the blocks; the smallest num_blocks over the ranks counts for all.
@@ -34,6 +34,7 @@ from ..coordinator.limits import Limits
 from ..errors import ConfigError
 from ..models.parameters import weight_bytes
 from ..models.spec import ModelSpec
+from ..models.weight_formats import WeightFormats
 from .cache_size import DTYPE_BYTES, cache_row_bytes, choose_num_blocks, fitting_blocks
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -76,6 +77,7 @@ class MemoryPlan:
 
     device_kind: DeviceKind
     dtype: str
+    quantization: str
     cache_dtype: str
     block_size: int  # tokens
     num_blocks: int  # of the groups that no window limits
@@ -98,11 +100,7 @@ class MemoryPlan:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         shards = [asdict(shard) | {"total_bytes": shard.total_bytes} for shard in self.shards]
-        return asdict(self) | {
-            "fits": self.problem is None,
-            "num_tokens": self.num_tokens,
-            "shards": shards,
-        }
+        return asdict(self) | {"fits": self.problem is None, "num_tokens": self.num_tokens, "shards": shards}
 
 
 def resolve_dtype(dtype: str, device_kind: DeviceKind) -> str:
@@ -133,12 +131,14 @@ def plan_memory(
     shard_map: ShardMap,
     device_kind: DeviceKind,
     device_memory_bytes: int | Sequence[int] | None,
+    formats: WeightFormats | None = None,
 ) -> MemoryPlan:
     """The plan of a job. Never raises for a job that does not fit: see `MemoryPlan.problem`.
 
     `device_memory_bytes` is what one rank may count on before `memory_fraction`: a device's memory, or on CPU the
     host's divided by its shards; one number for all, one a rank, or None when it is not known (then nothing is
-    checked against it, and without `cache.num_blocks` the cache gets all blocks that can be of use).
+    checked against it, and without `cache.num_blocks` the cache gets all blocks that can be of use). `formats` are the
+    checkpoint's; without them nothing is known of blocks that are kept.
     """
     world_size = shard_map.world_size
     dtype = resolve_dtype(config.dtype, device_kind)
@@ -148,7 +148,8 @@ def plan_memory(
     longest = config.scheduler.max_model_len or spec.max_position_embeddings
     reserve = reserve_bytes(config, spec, shard_map, device_kind)
 
-    weights = [weight_bytes(spec, shard, DTYPE_BYTES[dtype]) for shard in shard_map.shards]
+    formats = formats or WeightFormats(config.quantization)
+    weights = [weight_bytes(spec, shard, DTYPE_BYTES[dtype], formats) for shard in shard_map.shards]
     row_bytes = cache_row_bytes(cache_dtype, spec.head_dim)
     per_token = [shard_map.kv_bytes_per_token(rank, row_bytes) for rank in range(world_size)]
     usable = [None if memory is None else int(fraction * memory) for memory in memories]
@@ -181,6 +182,7 @@ def plan_memory(
     return MemoryPlan(
         device_kind=device_kind,
         dtype=dtype,
+        quantization=config.quantization,
         cache_dtype=cache_dtype,
         block_size=config.cache.block_size,
         num_blocks=num_blocks,
@@ -216,9 +218,10 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     seen = scheduler.max_num_seqs * min(vocab_rows, 2 * longest) * 28
     rotary = longest * 2 * sum(rotary.rotary_dim for rotary in spec.rotaries) * 4
     if device_kind == "cuda":
-        runtime = (1024 if shard_map.world_size == 1 else 1536) * _MIB
-        return activations + logits + seen + rotary + runtime
-    return activations + logits + seen + rotary + 256 * _MIB
+        runtime = 1024 if shard_map.world_size == 1 else 1536
+    else:
+        runtime = 256 if config.quantization == "none" else 320
+    return activations + logits + seen + rotary + runtime * _MIB
 
 
 def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:
@@ -284,8 +287,8 @@ def _spare_tokens(shard: ShardPlan) -> float:
 
 def _more_room(config: JobConfig, spec: ModelSpec, fraction: float) -> str:
     size, room = config.tensor_parallel_size, f"cache.memory_fraction={fraction:g}"
-    if config.cache.dtype == "auto":
-        room += ", or set cache.dtype: int8"
+    if config.cache.dtype == "auto" or config.quantization == "none":
+        room += f", or set {'cache.dtype' if config.cache.dtype == 'auto' else 'quantization'}: int8"
     if size == spec.num_q_heads:
         return f"raise {room}"
     return f"raise tensor_parallel_size={size} (up to {spec.num_q_heads}) or {room}"

@@ -20,6 +20,7 @@ from ...parallel.shard_map import Shard
 from ..models.spec import Activation, ModelSpec, RotarySpec
 from .kv_cache import KVCache
 from .slots import StepInputs
+from .weights import Weights
 
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": ops.silu_mul,
@@ -51,7 +52,7 @@ class Decoder:
     """Runs the tokens of one step through the model; keeps K and V in `cache`."""
 
     def __init__(
-        self, spec: ModelSpec, shard: Shard, weights: dict[str, Tensor], group: Group, max_positions: int
+        self, spec: ModelSpec, shard: Shard, weights: Weights, group: Group, max_positions: int
     ) -> None:
         """Takes `weights` over: matrices may be packed in place, see `LinearWeight.take`."""
         head = LinearWeight.take(weights["lm_head"])
@@ -63,7 +64,7 @@ class Decoder:
         self._logit_soft_cap = spec.logit_soft_cap
         self._activation = ACTIVATIONS[spec.activation]
         self._heads = ops.HeadLayout(shard.q_per_kv)
-        self._final_norm = weights["final_norm"]
+        self._final_norm = _vectors(weights)["final_norm"]
         scale = 1.0 if spec.embedding_scale is None else spec.embedding_scale
         self._embed = VocabParallelEmbedding(
             head if tied else LinearWeight(weights["embed"]),
@@ -159,40 +160,46 @@ def rotary_table(rotary: RotarySpec, max_positions: int, device: torch.device) -
 
 
 def _layer(
-    spec: ModelSpec, shard: Shard, weights: dict[str, Tensor], group: Group, index: int, cos_sin: Tensor
+    spec: ModelSpec, shard: Shard, weights: Weights, group: Group, index: int, cos_sin: Tensor
 ) -> DecoderLayer:
     name = f"layers.{index}."
     wide = spec.qk_norm == "width"
+    vectors = _vectors(weights)
 
     def matrix(part: str) -> LinearWeight:
         return LinearWeight.take(weights[name + part])
 
     return DecoderLayer(
-        attention_norm=weights.get(name + "attention_norm"),
-        qkv=ColumnParallelLinear(matrix("qkv"), weights.get(name + "qkv_bias")),
-        q_norm=None if wide else weights.get(name + "q_norm"),
-        k_norm=None if wide else weights.get(name + "k_norm"),
-        qk_width_norm=_qk_width_norm(spec, shard, weights, group, index) if wide else None,
+        attention_norm=vectors.get(name + "attention_norm"),
+        qkv=ColumnParallelLinear(matrix("qkv"), vectors.get(name + "qkv_bias")),
+        q_norm=None if wide else vectors.get(name + "q_norm"),
+        k_norm=None if wide else vectors.get(name + "k_norm"),
+        qk_width_norm=_qk_width_norm(spec, shard, vectors, group, index) if wide else None,
         o=RowParallelLinear(matrix("o"), group, f"layer {index} o_proj"),
-        attention_out_norm=weights.get(name + "attention_out_norm"),
-        mlp_norm=weights.get(name + "mlp_norm"),
+        attention_out_norm=vectors.get(name + "attention_out_norm"),
+        mlp_norm=vectors.get(name + "mlp_norm"),
         gate_up=ColumnParallelLinear(matrix("gate_up")),
         down=RowParallelLinear(matrix("down"), group, f"layer {index} down_proj"),
-        mlp_out_norm=weights.get(name + "mlp_out_norm"),
+        mlp_out_norm=vectors.get(name + "mlp_out_norm"),
         window=spec.layer_windows[index],
         group=spec.layer_group(index),
         cos_sin=cos_sin,
     )
 
 
+def _vectors(weights: Weights) -> Mapping[str, Tensor]:
+    """Norms and biases, which are never kept as codes."""
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
 def _qk_width_norm(
-    spec: ModelSpec, shard: Shard, weights: dict[str, Tensor], group: Group, index: int
+    spec: ModelSpec, shard: Shard, vectors: Mapping[str, Tensor], group: Group, index: int
 ) -> SplitWidthRMSNorm:
     # A KV head that several ranks hold is counted by the one with its first query head.
     elsewhere = shard.kv_heads.start * shard.group_size < shard.q_heads.start
-    q = SplitWidth(weights[f"layers.{index}.q_norm"], spec.num_q_heads * spec.head_dim, slice(None))
+    q = SplitWidth(vectors[f"layers.{index}.q_norm"], spec.num_q_heads * spec.head_dim, slice(None))
     k = SplitWidth(
-        weights[f"layers.{index}.k_norm"],
+        vectors[f"layers.{index}.k_norm"],
         spec.num_kv_heads * spec.head_dim,
         slice(spec.head_dim if elsewhere else 0, None),
     )

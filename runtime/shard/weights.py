@@ -3,26 +3,46 @@
 import torch
 
 from ...kernels.host import prefer_huge_pages
+from ...kernels.weight_codes import WeightCodes
 from ...parallel.shard_map import Shard
 from ..models.checkpoint import Checkpoint
 from ..models.parameters import Parameter, local_parameters
 from ..models.spec import ModelSpec
+from ..models.weight_blocks import codes_in
+from ..models.weight_formats import WIDE, WeightFormats
+
+Weights = dict[str, torch.Tensor | WeightCodes]
 
 
 def load_weights(
-    checkpoint: Checkpoint, spec: ModelSpec, shard: Shard, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The shard's parameters by the names of `models/parameters.py`, contiguous; an alias is the same tensor object.
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    shard: Shard,
+    dtype: torch.dtype,
+    device: torch.device,
+    formats: WeightFormats = WIDE,
+) -> Weights:
+    """The shard's parameters by the names of `models/parameters.py`, contiguous; an alias is the same object.
 
-    Peak memory is the parameters themselves plus one chunk of a few MiB on the host.
+    Peak memory is the parameters themselves plus one chunk of a few MiB on the host, and its numbers.
     """
-    parameters = local_parameters(spec, shard)
-    weights: dict[str, torch.Tensor] = {}
+    parameters = local_parameters(spec, shard, formats)
+    weights: Weights = {}
     for parameter, tensor in zip(parameters, _allocate(parameters, dtype, device), strict=True):
         if parameter.alias_of is not None:
             weights[parameter.name] = weights[parameter.alias_of]
             continue
         weights[parameter.name] = tensor
+        if isinstance(tensor, WeightCodes):
+            assert parameter.format is not None, "it decided that there are codes"
+            for piece in parameter.pieces:
+                place = (
+                    slice(piece.offset, piece.offset + len(piece.indices)) if piece.axis == 0 else slice(None)
+                )
+                checkpoint.read_codes(
+                    tensor.rows(place), parameter.format, piece.tensor, piece.axis, piece.indices
+                )
+            continue
         # A sum is rounded once, so it is made in float32 (norms of Gemma; small).
         read = torch.empty_like(tensor, dtype=torch.float32) if parameter.added else tensor
         for piece in parameter.pieces:
@@ -33,15 +53,24 @@ def load_weights(
     return weights
 
 
-def _allocate(parameters: list[Parameter], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Empty tensors. On CPU they lie one behind the other, in large pages: a decode step reads them all, in this order."""
-    if device.type != "cpu":
-        return [torch.empty(parameter.shape, dtype=dtype, device=device) for parameter in parameters]
-    sizes = [parameter.num_elements for parameter in parameters]
-    memory = torch.empty(sum(sizes), dtype=dtype)
-    prefer_huge_pages(memory)
-    parts = memory.split(sizes)
-    return [
-        part.view(parameter.shape) if parameter.alias_of is None else part
-        for parameter, part in zip(parameters, parts, strict=True)
-    ]
+def _allocate(
+    parameters: list[Parameter], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor | WeightCodes]:
+    """Empty ones. On CPU they lie one behind the other, in large pages: a decode step reads them all, in this order."""
+    sizes = [parameter.num_bytes(dtype.itemsize) for parameter in parameters]
+    if device.type == "cpu":
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        prefer_huge_pages(memory)
+        parts = memory.split(sizes)
+    else:
+        parts = tuple(torch.empty(size, dtype=torch.uint8, device=device) for size in sizes)
+    return [_laid_out(parameter, part, dtype) for parameter, part in zip(parameters, parts, strict=True)]
+
+
+def _laid_out(parameter: Parameter, memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | WeightCodes:
+    if parameter.alias_of is not None:
+        return memory
+    if parameter.format is None:
+        return memory.view(dtype).view(parameter.shape)
+    num_rows, num_columns = parameter.shape
+    return codes_in(memory, parameter.format, (num_rows, num_columns), dtype)

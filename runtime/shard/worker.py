@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ...kernels.host import to_device
+from ...kernels.weight_codes import WeightCodes
 from ...parallel.group import Group
 from ...parallel.shard_map import ShardMap
 from ..config import JobConfig
@@ -43,9 +44,12 @@ class Worker:
         self.shard = shard_map.shard(group.rank)
         self.device = group.device
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        weights = load_weights(checkpoint, self.spec, self.shard, self._dtype, self.device)
+        formats = checkpoint.index.weight_formats(config.quantization)
+        weights = load_weights(checkpoint, self.spec, self.shard, self._dtype, self.device, formats)
         storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in weights.values()
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for weight in weights.values()
+            for tensor in (weight.tensors if isinstance(weight, WeightCodes) else (weight,))
         }
         self.weight_bytes = sum(storage.nbytes() for storage in storages.values())
         self.decoder = Decoder(self.spec, self.shard, weights, group, max_model_len)

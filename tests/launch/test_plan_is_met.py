@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from family_models import make_family_model
-from models_factory import make_llama
+from models_factory import make_gguf, make_llama, make_model
 
 from kvshard.launch.local import InProcessExecutor, LocalLauncher
 from kvshard.parallel.shard_map import ShardMap
@@ -25,6 +25,8 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (1, {}, {"cache": {"dtype": "int8"}}),
     (1, {}, {"dtype": "bfloat16", "cache": {"dtype": "fp8", "num_blocks": 7}}),
     (2, {}, {"cache": {"dtype": "int4", "num_blocks": 11}}),
+    (1, {"head_dim": 32, "tie_word_embeddings": True}, {"quantization": "int8", "dtype": "bfloat16"}),
+    (2, {"intermediate_size": 100}, {"quantization": "int4"}),  # o and down stay numbers
 ]
 
 
@@ -41,11 +43,18 @@ def test_plans_of_other_families_are_met(case: str, size: int, tmp_path: Path) -
     check_plan(tmp_path, size, {"dtype": "bfloat16"})
 
 
+def test_blocks_that_are_kept(tmp_path: Path) -> None:
+    path = make_gguf(tmp_path / "model.gguf", make_model(head_dim=32), "Q4_1")
+    check_plan(path, 1, {"quantization": "keep"})
+
+
 def check_plan(path: Path, size: int, settings: dict[str, Any]) -> None:
     values = {"model": str(path), "tensor_parallel_size": size, "device": "cpu", "dtype": "float32"}
     config = parse_config(values | {"scheduler": {"max_model_len": 32}} | settings, "test")
-    spec = read_index(path).spec
-    plan = plan_memory(config, spec, ShardMap.build(spec.dims, size, config.shard_weights), "cpu", 2**30)
+    index = read_index(path)
+    shard_map = ShardMap.build(index.spec.dims, size, config.shard_weights)
+    formats = index.weight_formats(config.quantization)
+    plan = plan_memory(config, index.spec, shard_map, "cpu", 2**30, formats)
     cache_size = CacheSize(plan.num_blocks, plan.max_model_len)
     executor: Executor
     if size == 1:

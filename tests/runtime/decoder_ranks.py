@@ -26,7 +26,12 @@ GREEDY = SlotSampling(
 
 
 def make_worker(
-    path: Path, group: Group, poison: bool = True, cache_dtype: str = "auto", dtype: str = "float32"
+    path: Path,
+    group: Group,
+    poison: bool = True,
+    cache_dtype: str = "auto",
+    dtype: str = "float32",
+    quantization: str = "none",
 ) -> Worker:
     """A worker with a small cache, filled with NaN: nothing may be read that was not written."""
     config = parse_config(
@@ -35,6 +40,7 @@ def make_worker(
             "tensor_parallel_size": group.world_size,
             "device": "cpu",
             "dtype": dtype,
+            "quantization": quantization,
             "cache": {"block_size": BLOCK_SIZE, "dtype": cache_dtype},
             "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
         },
@@ -174,11 +180,16 @@ def decode(
 
 
 def decode_steps(
-    group: Group, path: Path, recorded: bool = True, dtype: str = "float32", cache_dtype: str = "auto"
+    group: Group,
+    path: Path,
+    recorded: bool = True,
+    dtype: str = "float32",
+    cache_dtype: str = "auto",
+    quantization: str = "none",
 ) -> tuple[list[torch.Tensor], int]:
     """This rank's logits of each of ten decode steps, of five rows, of three, and of five again; and how many of the
     steps were played. Rows have prompts of different lengths, so that tables, positions and lengths differ."""
-    worker = make_worker(path, group, dtype=dtype, cache_dtype=cache_dtype)
+    worker = make_worker(path, group, dtype=dtype, cache_dtype=cache_dtype, quantization=quantization)
     worker._steps._can_record &= recorded
     chance = np.random.default_rng(1)
     lengths = [3, 9, 4, 1, 6]

@@ -38,6 +38,17 @@ def test_one_shard(dtype: str, cache_dtype: str, llama: Path) -> None:
         assert torch.equal(a, b), f"step {step}"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantised_weights(dtype: str, llama: Path) -> None:
+    """Codes are widened in C, so steps are played; and what is played is not what other weights give."""
+    plain, _ = decode_steps(Group.single("cpu"), llama, False, dtype, quantization="int8")
+    played, num_played = decode_steps(Group.single("cpu"), llama, True, dtype, quantization="int8")
+    assert num_played == NUM_PLAYED
+    assert all(torch.equal(a, b) for a, b in zip(plain, played, strict=True))
+    wide, _ = decode_steps(Group.single("cpu"), llama, True, dtype)
+    assert not any(torch.equal(a, b) for a, b in zip(wide, played, strict=True))
+
+
 @pytest.mark.parametrize("name", ["qwen2_windows", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_families(name: str, tmp_path: Path) -> None:
     path = family(name, tmp_path)

@@ -218,6 +218,7 @@ def test_the_saved_config_is_a_job_file(tmp_path: Path) -> None:
         ({"seed": 1}, "seed", "0", "1"),
         ({"chat_template": "t"}, "chat_template", "None", "'t'"),
         ({"dtype": "float16"}, "dtype", "'float32'", "'float16'"),
+        ({"quantization": "int8"}, "quantization", "'none'", "'int8'"),
         ({"cache": {"dtype": "int4"}}, r"cache\.dtype", "'auto'", "'int4'"),
     ],
 )

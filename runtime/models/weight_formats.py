@@ -1,0 +1,39 @@
+"""How matrices are kept in memory: as numbers of the model's dtype, or as codes of one of GGUF's simple block types."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ..config import Quantization
+from .tensor_info import STORED_TYPES
+
+BlockFormat = Literal["Q8_0", "Q4_0", "Q4_1"]
+BLOCK = 32  # channels of a block, of all three
+_MADE: dict[Quantization, BlockFormat] = {"int8": "Q8_0", "int4": "Q4_1"}
+
+
+@dataclass(frozen=True)
+class WeightFormats:
+    """What the job's setting `quantization` makes of the matrices of a checkpoint.
+
+    stored: by name the type of each of its tensors, see STORED_TYPES; only needed where blocks are kept.
+    """
+
+    quantization: Quantization = "none"
+    stored: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, tensors: Iterable[str]) -> BlockFormat | None:
+        """The format of a matrix made of these tensors; None: numbers. Parts of different types become numbers."""
+        if self.quantization != "keep":
+            return _MADE.get(self.quantization)
+        types = {self.stored.get(name, "") for name in tensors}
+        return next((format for format in get_args(BlockFormat) if types == {format}), None)
+
+
+WIDE = WeightFormats()
+"""All matrices as numbers."""
+
+
+def block_bytes(format: BlockFormat) -> int:
+    """Of the codes, the scale and the minimum of 32 channels."""
+    return STORED_TYPES[format][1]
