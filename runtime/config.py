@@ -149,7 +149,8 @@ class JobConfig(_Section):
     quantization: Quantization = Field(
         "none",
         description="weight matrices in memory; none: dtype; int8, int4: codes of 8 or 4 bits, made when they are loaded, "
-        "and a scale for each 32 channels; keep: the Q8_0, Q4_0 and Q4_1 blocks of a GGUF file as they are",
+        "and a scale for each 32 channels (int4: 8 bits in the embedding and LM head); keep: the Q8_0, Q4_0 and Q4_1 blocks "
+        "of a GGUF file as they are",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="for rows that bring no seed of their own")
     cache: CacheConfig = Field(default_factory=CacheConfig)

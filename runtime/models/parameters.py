@@ -124,11 +124,16 @@ def local_parameters(spec: ModelSpec, shard: Shard, formats: WeightFormats = WID
         head = _Part("lm_head", 0, spec.vocab_size)
         parameters.append(_rows("lm_head", "weight", [(head, vocab_rows)], hidden))
     return [
-        replace(parameter, format=formats.of(piece.tensor for piece in parameter.pieces))
+        replace(parameter, format=_format(parameter, formats))
         if parameter.unit and parameter.unit % BLOCK == 0
         else parameter
         for parameter in parameters
     ]
+
+
+def _format(matrix: Parameter, formats: WeightFormats) -> BlockFormat | None:
+    tensors = (piece.tensor for piece in matrix.pieces)
+    return formats.of(tensors, of_vocabulary=matrix.name in ("embed", "lm_head"))
 
 
 def _layer_parameters(spec: ModelSpec, shard: Shard, layer: int) -> list[Parameter]:

@@ -22,8 +22,14 @@ class WeightFormats:
     quantization: Quantization = "none"
     stored: Mapping[str, str] = field(default_factory=dict)
 
-    def of(self, tensors: Iterable[str]) -> BlockFormat | None:
-        """The format of a matrix made of these tensors; None: numbers. Parts of different types become numbers."""
+    def of(self, tensors: Iterable[str], *, of_vocabulary: bool) -> BlockFormat | None:
+        """The format of a matrix made of these tensors; None: numbers. Parts of different types become numbers.
+
+        of_vocabulary: the embedding or LM head, which are never made into less than 8 bits: that costs much more than in
+        other matrices (docs/quantised-weights.md).
+        """
+        if self.quantization == "int4" and of_vocabulary:
+            return "Q8_0"
         if self.quantization != "keep":
             return _MADE.get(self.quantization)
         types = {self.stored.get(name, "") for name in tensors}
