@@ -1,24 +1,23 @@
 """Reading slices of tensors from disk: only the rows or column blocks asked for, dequantised where needed."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gguf import quants
-from gguf.constants import GGMLQuantizationType
 
 from .checkpoint_index import CheckpointIndex, read_index
+from .ggml_blocks import Bytes, widen
 from .spec import ModelSpec
 from .tensor_info import STORED_TYPES, TensorInfo
 
-CHUNK_BYTES = 8 << 20  # stored bytes read at a time: bounds the host memory above the destination
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+# Stored bytes read at a time: bounds the host memory above the destination. What 4-bit blocks become is eight times as much.
+CHUNK_BYTES = 256 << 10
 
 
 class Checkpoint:
-    """Slices of a checkpoint's tensors. `bytes_read` counts the stored bytes of all slices read so far.
+    """Slices of a checkpoint's tensors, for any thread. `bytes_read` counts the stored bytes of all slices read so far.
 
     Files are memory-mapped while it is open; use it as a context manager to let go of the mapped pages.
     """
@@ -26,6 +25,7 @@ class Checkpoint:
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
         self.bytes_read = 0
+        self._lock = threading.Lock()
         self._maps: dict[str, Bytes] = {}
 
     @property
@@ -81,7 +81,8 @@ class Checkpoint:
             data = stored[
                 chunk.start : chunk.stop, first_block * block_bytes : last_block * block_bytes
             ].copy()
-            self.bytes_read += data.nbytes
+            with self._lock:
+                self.bytes_read += data.nbytes
             values = _decode(data, info.dtype)[
                 :, columns.start - first_block * block : columns.stop - first_block * block
             ]
@@ -89,10 +90,11 @@ class Checkpoint:
 
     def _stored(self, info: TensorInfo) -> Bytes:
         """The tensor's bytes in the file, [num_rows, row_bytes], not read yet."""
-        if info.file not in self._maps:
-            path = self.index.folder / info.file
-            self._maps[info.file] = np.memmap(path, dtype=np.uint8, mode="r")
-        data = self._maps[info.file][info.offset : info.offset + info.num_bytes]
+        with self._lock:
+            if info.file not in self._maps:
+                path = self.index.folder / info.file
+                self._maps[info.file] = np.memmap(path, dtype=np.uint8, mode="r")
+            data = self._maps[info.file][info.offset : info.offset + info.num_bytes]
         return data.reshape(info.num_rows, info.row_bytes)
 
 
@@ -109,8 +111,7 @@ def _decode(data: Bytes, stored: str) -> torch.Tensor:
     """[rows, bytes] to [rows, elements]."""
     if STORED_TYPES[stored][0] == 1:
         return torch.from_numpy(data).view(_torch_dtype(stored))
-    values: torch.Tensor = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[stored]))
-    return values
+    return widen(data, stored)
 
 
 def _unpermute(values: torch.Tensor, head_dim: int) -> torch.Tensor:
