@@ -1,5 +1,6 @@
 """Reading slices of tensors from disk: only the rows or column blocks asked for, dequantised where needed."""
 
+import mmap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ class Checkpoint:
         self.index = index
         self.bytes_read = 0
         self._lock = threading.Lock()
-        self._maps: dict[str, Bytes] = {}
+        self._maps: dict[str, mmap.mmap] = {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -83,6 +84,7 @@ class Checkpoint:
             ].copy()
             with self._lock:
                 self.bytes_read += data.nbytes
+            self._let_go(info, chunk)
             values = _decode(data, info.dtype)[
                 :, columns.start - first_block * block : columns.stop - first_block * block
             ]
@@ -92,10 +94,18 @@ class Checkpoint:
         """The tensor's bytes in the file, [num_rows, row_bytes], not read yet."""
         with self._lock:
             if info.file not in self._maps:
-                path = self.index.folder / info.file
-                self._maps[info.file] = np.memmap(path, dtype=np.uint8, mode="r")
-            data = self._maps[info.file][info.offset : info.offset + info.num_bytes]
-        return data.reshape(info.num_rows, info.row_bytes)
+                with (self.index.folder / info.file).open("rb") as file:
+                    self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._maps[info.file]
+        return np.frombuffer(mapped, np.uint8, info.num_bytes, info.offset).reshape(
+            info.num_rows, info.row_bytes
+        )
+
+    def _let_go(self, info: TensorInfo, rows: range) -> None:
+        """Take the pages that hold these rows out of this process's memory; the system may keep them."""
+        begin, end = (info.offset + row * info.row_bytes for row in (rows.start, rows.stop))
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
