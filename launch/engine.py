@@ -67,7 +67,7 @@ class Engine:
         """Start what `config` asks for; `launcher` replaces the one it names (torchrun's workers run already).
 
         Raises ConfigError or CheckpointError before a weight is read when the job cannot work or does
-        not fit, and ShardError when a shard fails to start.
+        not fit (for a tokenizer that cannot be loaded, once the shards' processes are started), and ShardError when a shard fails to start.
         """
         on_status(f"reading {config.model}")
         model_path = resolve_model(config.model, config.revision)
