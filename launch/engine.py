@@ -1,5 +1,6 @@
 """From a job's settings to a running model: resolve, plan, start the shards, build the coordinator."""
 
+import ctypes
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,6 @@ from ..runtime.models.checkpoint_index import read_index
 from ..runtime.models.prompt import Prompt, check_token_ids, tokenize_bad_words, tokenize_prompt
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
-from ..runtime.models.tokenizer import byte_tokens, load_tokenizer
 from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, build_shard_map, plan_memory, resolve_dtype
 from ..runtime.paths import cache_dir
 from ..runtime.sampling_params import SamplingParams
@@ -33,6 +33,7 @@ class Engine:
         spec: ModelSpec,
         plan: MemoryPlan,
         tokenizer: Any,
+        byte_tokens: dict[int, int],
         executor: Executor,
         shards: list[ShardInfo],
     ) -> None:
@@ -52,7 +53,7 @@ class Engine:
             ),
             eos_token_ids=spec.eos_token_ids,
             tokenizer=tokenizer,
-            byte_tokens=byte_tokens(tokenizer),
+            byte_tokens=byte_tokens,
         )
 
     @classmethod
@@ -66,7 +67,7 @@ class Engine:
         """Start what `config` asks for; `launcher` replaces the one it names (torchrun's workers run already).
 
         Raises ConfigError or CheckpointError before a weight is read when the job cannot work or does
-        not fit, and ShardError when a shard fails to start.
+        not fit (for a tokenizer that cannot be loaded, once the shards' processes are started), and ShardError when a shard fails to start.
         """
         on_status(f"reading {config.model}")
         model_path = resolve_model(config.model, config.revision)
@@ -89,16 +90,20 @@ class Engine:
                 return CacheSize(plan.num_blocks, plan.max_model_len)
 
             size_cache(None)  # what is wrong whatever the memory is said before anything is started
-            tokenizer = load_tokenizer(model_path, config.tokenizer, cache_dir())
-            if config.chat_template is not None:
-                tokenizer.chat_template = _read_template(config.chat_template)
             executor = _executor(config, launcher, str(model_path.resolve()), size_cache)
             on_status(
                 f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}"
             )
             started.callback(executor.close)
+            executor.launch()
+            # While the shards import torch: transformers takes half a second.
+            from ..runtime.models.tokenizer import byte_tokens, load_tokenizer
+
+            tokenizer = load_tokenizer(model_path, config.tokenizer, cache_dir())
+            if config.chat_template is not None:
+                tokenizer.chat_template = _read_template(config.chat_template)
             shards = executor.start()
-            engine = cls(config, index.spec, planned[-1], tokenizer, executor, shards)
+            engine = cls(config, index.spec, planned[-1], tokenizer, byte_tokens(tokenizer), executor, shards)
             started.pop_all()  # the engine's to close from here on
         return engine
 
@@ -142,13 +147,21 @@ def resolve_device(config: JobConfig, launcher: Launcher | None = None) -> JobCo
             assert isinstance(launcher, RayLauncher), "launcher: ray has a RayLauncher"
             num_gpus = launcher.num_gpus()
         else:
-            import torch
-
-            num_gpus = torch.cuda.device_count()
+            num_gpus = _num_gpus_here()
         wanted = 1 if config.launcher == "torchrun" else config.tensor_parallel_size
         device = "cuda" if num_gpus >= wanted else "cpu"
     dtype = resolve_dtype(config.dtype, device)
     return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _num_gpus_here() -> int:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0  # no driver: torch, which takes a second to import, could only say the same
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _launcher(config: JobConfig) -> Launcher | None:
@@ -172,7 +185,7 @@ def _executor(
 ) -> Executor:
     if launcher is not None:
         return RemoteExecutor(launcher, config, model_path, size_cache)
-    from .local import InProcessExecutor, local_memory_bytes
+    from .in_process import InProcessExecutor, local_memory_bytes
 
     return InProcessExecutor(config, model_path, size_cache([local_memory_bytes(config)]))
 

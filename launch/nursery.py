@@ -13,15 +13,18 @@ import select
 import signal
 import struct
 import sys
+from collections.abc import Callable
 from typing import BinaryIO
 
 from kvshard.runtime.messages import ShardJob
-from kvshard.runtime.shard.main import run_shard
 
 LENGTH = struct.Struct("<I")
 
 
 def main() -> None:
+    # Here: the launcher imports this module too, and needs no torch.
+    from kvshard.runtime.shard.main import run_shard
+
     source, report = sys.stdin.buffer, sys.stdout.fileno()
     # A child must not write into the report pipe, and Ctrl-C is the coordinator's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -37,7 +40,7 @@ def main() -> None:
     for job in jobs:
         pid = os.fork()
         if pid == 0:
-            _run_child(job, wake, wake_write)
+            _run_child(run_shard, job, wake, wake_write)
         children[pid] = job.rank
     while children:
         ready, _, _ = select.select([source, wake], [], [])
@@ -50,6 +53,7 @@ def main() -> None:
         os.kill(pid, signal.SIGKILL)
     for pid in children:
         os.waitpid(pid, 0)
+    os._exit(0)  # an interpreter with torch in it takes 0.4 s to end, and there is nothing left to do
 
 
 def _read_length(source: BinaryIO) -> int:
@@ -64,7 +68,7 @@ def _read(source: BinaryIO, count: int) -> bytes:
     return data
 
 
-def _run_child(job: ShardJob, *descriptors: int) -> None:
+def _run_child(run_shard: Callable[[ShardJob], None], job: ShardJob, *descriptors: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for descriptor in descriptors:

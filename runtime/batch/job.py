@@ -132,10 +132,10 @@ def run_batch(
             if coordinator.has_work:
                 for request in coordinator.step():
                     finish(request)
-            elif (item := feeder.get(POLL_S)) is not None:
-                admit(item)
             elif feeder.exhausted:
                 break
+            elif (item := feeder.get(POLL_S)) is not None:
+                admit(item)
             if time.monotonic() - shown_s >= POLL_S:
                 shown_s = time.monotonic()
                 show()

@@ -35,8 +35,11 @@ class ShardHealth:
 class Executor(Protocol):
     """Runs plans in order on every shard; the only thing the coordinator talks to."""
 
+    def launch(self) -> None:
+        """Start the shards' processes, without waiting for what they import. Raises ConfigError or ShardError."""
+
     def start(self) -> list[ShardInfo]:
-        """Start the shards and return when all are ready. Raises ConfigError or ShardError."""
+        """Return when all shards are ready; launches them where that was not done. Raises ConfigError or ShardError."""
 
     def submit(self, plan: StepPlan) -> None:
         """Send one plan to every shard; returns at once."""

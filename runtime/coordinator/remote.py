@@ -52,8 +52,7 @@ class RemoteExecutor:
         self._next_step = 0
         self._started = False
 
-    def start(self) -> list[ShardInfo]:
-        """Place, start and load the shards. Raises ConfigError or ShardError."""
+    def launch(self) -> None:
         config = self._config
         placements = self._launcher.place(config.device)
         self._hosts = [placement.host for placement in placements]
@@ -64,6 +63,11 @@ class RemoteExecutor:
         )
         job_id = secrets.token_hex(4)
         self._launcher.start([self._job(job_id, rank, placements) for rank in range(len(placements))])
+
+    def start(self) -> list[ShardInfo]:
+        if self._channel is None:
+            self.launch()
+        config = self._config
         deadline = time.monotonic() + config.timeouts.start_s
         hellos = {rank: Hello(**unpack(p)) for rank, p in self._collect(Kind.HELLO, deadline)}
         self._check_agreement(hellos)

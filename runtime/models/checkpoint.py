@@ -1,27 +1,27 @@
 """Reading slices of tensors from disk: only the rows or column blocks asked for, dequantised where needed."""
 
+import mmap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gguf import quants
-from gguf.constants import GGMLQuantizationType
 
 from ...kernels.weight_codes import WeightCodes
 from .checkpoint_index import CheckpointIndex, read_index
+from .ggml_blocks import Bytes, widen
 from .spec import ModelSpec
 from .tensor_info import STORED_TYPES, TensorInfo
 from .weight_blocks import made, taken
 from .weight_formats import BlockFormat
 
-CHUNK_BYTES = 8 << 20  # stored bytes read at a time: bounds the host memory above the destination
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+# Stored bytes read at a time: bounds the host memory above the destination. What 4-bit blocks become is eight times as much.
+CHUNK_BYTES = 256 << 10
 
 
 class Checkpoint:
-    """Slices of a checkpoint's tensors. `bytes_read` counts the stored bytes of all slices read so far.
+    """Slices of a checkpoint's tensors, for any thread. `bytes_read` counts the stored bytes of all slices read so far.
 
     Files are memory-mapped while it is open; use it as a context manager to let go of the mapped pages.
     """
@@ -29,7 +29,8 @@ class Checkpoint:
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
         self.bytes_read = 0
-        self._maps: dict[str, Bytes] = {}
+        self._lock = threading.Lock()
+        self._maps: dict[str, mmap.mmap] = {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -107,16 +108,27 @@ class Checkpoint:
             data = stored[
                 chunk.start : chunk.stop, first_block * block_bytes : last_block * block_bytes
             ].copy()
-            self.bytes_read += data.nbytes
+            with self._lock:
+                self.bytes_read += data.nbytes
+            self._let_go(info, chunk)
             yield slice(chunk.start - rows.start, chunk.stop - rows.start), data
 
     def _stored(self, info: TensorInfo) -> Bytes:
         """The tensor's bytes in the file, [num_rows, row_bytes], not read yet."""
-        if info.file not in self._maps:
-            path = self.index.folder / info.file
-            self._maps[info.file] = np.memmap(path, dtype=np.uint8, mode="r")
-        data = self._maps[info.file][info.offset : info.offset + info.num_bytes]
-        return data.reshape(info.num_rows, info.row_bytes)
+        with self._lock:
+            if info.file not in self._maps:
+                with (self.index.folder / info.file).open("rb") as file:
+                    self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._maps[info.file]
+        return np.frombuffer(mapped, np.uint8, info.num_bytes, info.offset).reshape(
+            info.num_rows, info.row_bytes
+        )
+
+    def _let_go(self, info: TensorInfo, rows: range) -> None:
+        """Take the pages that hold these rows out of this process's memory; the system may keep them."""
+        begin, end = (info.offset + row * info.row_bytes for row in (rows.start, rows.stop))
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -133,9 +145,8 @@ def _numbers(data: Bytes, info: TensorInfo, columns: range) -> torch.Tensor:
     block = STORED_TYPES[info.dtype][0]
     if block == 1:
         return torch.from_numpy(data).view(_torch_dtype(info.dtype))
-    values: torch.Tensor = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType[info.dtype]))
     first = columns.start // block * block
-    return values[:, columns.start - first : columns.stop - first]
+    return widen(data, info.dtype)[:, columns.start - first : columns.stop - first]
 
 
 def _unpermuted(values: torch.Tensor, info: TensorInfo) -> torch.Tensor:

@@ -19,6 +19,7 @@ from .tensor_info import STORED_TYPES, TensorInfo, listed
 # Value type -> struct code, by the format's numbers; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")  # stands before a string
 MAX_DIMS = 4
 DEFAULT_ALIGNMENT = 32
 
@@ -58,9 +59,20 @@ class _Cursor:
         return int(self.scalars(code, 1)[0])
 
     def string(self) -> str:
-        length = self.integer("Q")
-        start = self._advance(length)
-        return self.data[start : start + length].decode(errors="replace")
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """In a loop without calls of ours: a vocabulary has a hundred thousand."""
+        data, size, end = self.data, len(self.data), self.position
+        found = []
+        for _ in range(count):
+            start = end + LENGTH.size
+            end = start + (LENGTH.unpack_from(data, end)[0] if start <= size else 0)
+            if end > size:
+                break
+            found.append(data[start:end].decode(errors="replace"))
+        self._advance(end - self.position)
+        return found
 
     def value(self, kind: int) -> Any:
         if kind in SCALARS:
@@ -72,6 +84,8 @@ class _Cursor:
         item_kind, count = self.integer("I"), self.integer("Q")
         if item_kind in SCALARS:
             return list(self.scalars(SCALARS[item_kind], count))
+        if item_kind == STRING:
+            return self.strings(count)
         return [self.value(item_kind) for _ in range(count)]
 
     def _advance(self, num_bytes: int) -> int:

@@ -1,13 +1,12 @@
 """Matrices as codes (kernels/weight_codes.py): taken from GGUF's blocks, or made of numbers."""
 
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels.weight_codes import WeightCodes
+from .ggml_blocks import Bytes
 from .weight_formats import BLOCK, BlockFormat, block_bytes
 
 _HALF = BLOCK // 2
@@ -31,7 +30,7 @@ def codes_in(memory: Tensor, format: BlockFormat, shape: tuple[int, int], dtype:
     )
 
 
-def taken(data: "np.ndarray[Any, np.dtype[np.uint8]]", format: BlockFormat) -> tuple[Tensor, ...]:
+def taken(data: Bytes, format: BlockFormat) -> tuple[Tensor, ...]:
     """Codes, scales and minima, as WeightCodes has them, of stored rows of blocks, [N, bytes]."""
     head = _HEADS[format]
     blocks = torch.from_numpy(data).view(len(data), -1, block_bytes(format))

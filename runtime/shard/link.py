@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from ..coordinator.channel import HEARTBEAT_MS, LOST_AFTER_MS, shard_identity, watch_identity
 from ..messages import Kind, ShardJob, pack
 
-POLL_MS = 200
+STOP = "inproc://stop"  # one context a link, so the name is free
 NEVER_MS = 24 * 3600 * 1000
 GRACE_S = 3.0  # for a shard that was told to close, to do so before it is taken for lost
 
@@ -85,15 +85,17 @@ class _Watch(threading.Thread):
         super().__init__(name="kvshard-watch", daemon=True)
         self._context = context
         self._job = job
-        self._stopped = threading.Event()
+        self._end = context.socket(zmq.PAIR)  # the main thread's end
+        self._end.bind(STOP)
         self.told_to_close = threading.Event()
         self.last_step_id = -1
         self.on_lost: Callable[[], None] = lambda: None
 
     def stop(self) -> None:
         self.told_to_close.set()
-        self._stopped.set()
+        self._end.send(b"")
         self.join()
+        self._end.close()
 
     def run(self) -> None:
         try:
@@ -109,11 +111,12 @@ class _Watch(threading.Thread):
         monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
         dealer.connect(self._job.endpoint)
         dealer.send_multipart((Kind.WATCH.value, b""))
+        stop = self._context.socket(zmq.PAIR)
+        stop.connect(STOP)
         poller = zmq.Poller()
-        poller.register(dealer, zmq.POLLIN)
-        poller.register(monitor, zmq.POLLIN)
-        while not self._stopped.is_set():
-            ready = dict(poller.poll(POLL_MS))
+        for watched in (dealer, monitor, stop):
+            poller.register(watched, zmq.POLLIN)
+        while stop not in (ready := dict(poller.poll())):
             if monitor in ready:
                 recv_monitor_message(monitor)
                 self._coordinator_lost()
@@ -122,8 +125,8 @@ class _Watch(threading.Thread):
                 answer = stacks() if kind is Kind.STACKS else self._health()
                 dealer.send_multipart((kind.value, pack(answer)))
         dealer.disable_monitor()
-        monitor.close()
-        dealer.close()
+        for watched in (monitor, dealer, stop):
+            watched.close()
 
     def _health(self) -> dict[str, int]:
         return {"last_step_id": self.last_step_id, "peak_memory_bytes": peak_memory_bytes(self._job.device)}

@@ -1,5 +1,7 @@
 """Loading one shard's weights: each parameter is allocated once and filled piece by piece."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from ...kernels.host import prefer_huge_pages
@@ -13,6 +15,8 @@ from ..models.weight_formats import WIDE, WeightFormats
 
 Weights = dict[str, torch.Tensor | WeightCodes]
 
+MAX_THREADS = 8  # of loading: each holds a chunk
+
 
 def load_weights(
     checkpoint: Checkpoint,
@@ -24,25 +28,28 @@ def load_weights(
 ) -> Weights:
     """The shard's parameters by the names of `models/parameters.py`, contiguous; an alias is the same object.
 
-    Peak memory is the parameters themselves plus one chunk of a few MiB on the host, and its numbers.
+    Peak memory is the parameters themselves plus, for each thread, a chunk of a few MiB on the host and its numbers.
     """
     parameters = local_parameters(spec, shard, formats)
     weights: Weights = {}
+    own: list[Parameter] = []
     for parameter, tensor in zip(parameters, _allocate(parameters, dtype, device), strict=True):
-        if parameter.alias_of is not None:
+        if parameter.alias_of is None:
+            own.append(parameter)
+            weights[parameter.name] = tensor
+        else:
             weights[parameter.name] = weights[parameter.alias_of]
-            continue
-        weights[parameter.name] = tensor
+
+    def fill(parameter: Parameter) -> None:
+        tensor = weights[parameter.name]
         if isinstance(tensor, WeightCodes):
             assert parameter.format is not None, "it decided that there are codes"
             for piece in parameter.pieces:
-                place = (
-                    slice(piece.offset, piece.offset + len(piece.indices)) if piece.axis == 0 else slice(None)
-                )
-                checkpoint.read_codes(
-                    tensor.rows(place), parameter.format, piece.tensor, piece.axis, piece.indices
-                )
-            continue
+                end = piece.offset + len(piece.indices)
+                place = slice(piece.offset, end) if piece.axis == 0 else slice(None)
+                part = tensor.rows(place)
+                checkpoint.read_codes(part, parameter.format, piece.tensor, piece.axis, piece.indices)
+            return
         # A sum is rounded once, so it is made in float32 (norms of Gemma; small).
         read = torch.empty_like(tensor, dtype=torch.float32) if parameter.added else tensor
         for piece in parameter.pieces:
@@ -50,6 +57,13 @@ def load_weights(
             checkpoint.read_into(target, piece.tensor, piece.axis, piece.indices)
         if parameter.added:
             tensor.copy_(read + parameter.added)
+
+    # Threads of parameters, and not torch's, which would wait for each other after each small operation.
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(min(threads, MAX_THREADS), "load", torch.set_num_threads, (1,)) as pool:
+        for _ in pool.map(fill, own):
+            pass  # raises what the reading of a parameter raised
+    torch.set_num_threads(threads)  # new threads take what any thread has set last
     return weights
 
 

@@ -12,17 +12,21 @@ from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.messages import ShardJob
 
 
-class FullLauncher:
-    """Has no room for any shard."""
+class IdleLauncher:
+    """Starts nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_room: bool) -> None:
+        self.has_room = has_room
+        self.num_jobs = 0
         self.closed = False
 
     def place(self, device: str) -> list[Placement]:
-        raise ConfigError("no room")
+        if not self.has_room:
+            raise ConfigError("no room")
+        return [Placement("localhost", True, device)] * 2
 
     def start(self, jobs: list[ShardJob]) -> None:
-        raise AssertionError("nothing was placed")
+        self.num_jobs = len(jobs)
 
     def dead(self) -> dict[int, str]:
         return {}
@@ -32,19 +36,21 @@ class FullLauncher:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "has_room", "message", "num_jobs"),
     [
-        ({"cache": {"num_blocks": 2}, "scheduler": {"max_model_len": 10**6}}, "max_model_len"),
-        ({}, "no tokenizer could be loaded"),
+        ({"cache": {"num_blocks": 2}, "scheduler": {"max_model_len": 10**6}}, True, "max_model_len", 0),
+        ({}, False, "no room", 0),
+        ({}, True, "no tokenizer could be loaded", 2),  # found while the shards import what they need
     ],
 )
 def test_a_job_that_cannot_work_closes_its_launcher(
-    tmp_path: Path, settings: dict[str, object], message: str
+    tmp_path: Path, settings: dict[str, object], has_room: bool, message: str, num_jobs: int
 ) -> None:
     """Asking Ray for its GPUs may have started a cluster, which would outlive the error in a notebook."""
     model = make_llama(tmp_path)
     config = parse_config({"model": str(model), "tensor_parallel_size": 2, **settings}, "test")
-    launcher = FullLauncher()
+    launcher = IdleLauncher(has_room)
     with pytest.raises(ConfigError, match=message):
         Engine.start(config, launcher=launcher)
+    assert launcher.num_jobs == num_jobs
     assert launcher.closed

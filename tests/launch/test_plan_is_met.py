@@ -7,7 +7,8 @@ import pytest
 from family_models import make_family_model
 from models_factory import make_gguf, make_llama, make_model
 
-from kvshard.launch.local import InProcessExecutor, LocalLauncher
+from kvshard.launch.in_process import InProcessExecutor
+from kvshard.launch.local import LocalLauncher
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.executor import Executor

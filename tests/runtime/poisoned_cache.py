@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from kvshard.launch.local import InProcessExecutor
+from kvshard.launch.in_process import InProcessExecutor
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.coordinator.block_manager import BlockManager
 from kvshard.runtime.coordinator.limits import Limits

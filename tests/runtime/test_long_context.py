@@ -9,7 +9,7 @@ import torch
 from alone import make_word_model, open_llm
 from family_models import make_family_model
 
-from kvshard.launch.local import InProcessExecutor
+from kvshard.launch.in_process import InProcessExecutor
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.limits import Limits

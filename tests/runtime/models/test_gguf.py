@@ -112,9 +112,11 @@ def header_names(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # random bytes make scales of inf and NaN
-@pytest.mark.parametrize("stored", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize(
+    "stored", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "Q8_0"]
+)
 def test_column_slices_of_large_blocks(stored: str, tmp_path: Path) -> None:
-    """Columns that start and end inside blocks of 256; only covering blocks are read. Bytes are random."""
+    """Columns that start and end inside blocks; only covering blocks are read. Bytes are random."""
     kind = GGMLQuantizationType[stored]
     block, block_bytes = gguf.constants.GGML_QUANT_SIZES[kind]
     data = np.random.default_rng(0).integers(0, 256, (6, 1024 // block * block_bytes), dtype=np.uint8)

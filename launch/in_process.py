@@ -1,0 +1,75 @@
+"""One shard in the coordinator's own process. The only part of the coordinator's process that imports torch."""
+
+import os
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from ..parallel.group import Group
+from ..parallel.shard_map import ShardMap
+from ..runtime.config import JobConfig
+from ..runtime.coordinator.executor import ShardHealth, ShardInfo
+from ..runtime.coordinator.plan import StepPlan, StepResult
+from ..runtime.coordinator.remote import CacheSize
+from ..runtime.models.checkpoint import open_checkpoint
+from ..runtime.observe.memory_plan import host_memory_bytes
+from ..runtime.shard.link import peak_memory_bytes, stacks
+from ..runtime.shard.main import shard_info
+from ..runtime.shard.worker import Worker
+
+
+class InProcessExecutor:
+    """The executor of that shard. A plan runs when its result is asked for."""
+
+    def __init__(self, config: JobConfig, model_path: str, size: CacheSize) -> None:
+        assert config.tensor_parallel_size == 1, "only one shard runs in this process"
+        self._config = config
+        self._model_path = model_path
+        self._size = size
+        self._plans: deque[StepPlan] = deque()
+        self._last_step_id = -1
+        self.worker: Worker | None = None
+
+    def launch(self) -> None:
+        """There is no process to start."""
+
+    def start(self) -> list[ShardInfo]:
+        config = self._config
+        device = torch.device(config.device)
+        threads = config.threads_per_shard or len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
+        with open_checkpoint(Path(self._model_path)) as checkpoint:
+            shard_map = ShardMap.build(checkpoint.spec.dims, 1)
+            self.worker = Worker(
+                config, checkpoint, shard_map, Group.single(device), self._size.max_model_len
+            )
+        self.worker.allocate(self._size.num_blocks)
+        return [shard_info(self.worker, threads)]
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
+    def result(self) -> StepResult:
+        assert self.worker is not None, "start() comes first"
+        plan = self._plans.popleft()
+        result = self.worker.run(plan).wait()
+        self._last_step_id = plan.step_id
+        return result
+
+    def health(self) -> list[ShardHealth]:
+        return [ShardHealth(0, self._last_step_id, peak_memory_bytes(self._config.device))]
+
+    def stacks(self) -> dict[int, str]:
+        return {0: stacks()}
+
+    def close(self) -> None:
+        self._plans.clear()
+        self.worker = None
+
+
+def local_memory_bytes(config: JobConfig) -> int:
+    """Memory of the device that a shard in this process uses."""
+    if config.device == "cpu":
+        return host_memory_bytes()
+    return int(torch.cuda.get_device_properties(0).total_memory)
