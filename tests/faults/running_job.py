@@ -212,8 +212,9 @@ class RunningJob:
             return shards
         # Forked shards are too quick for that. A coordinator that is stopped meanwhile hears no hello.
         driver = psutil.Process(self.process.pid)
-        self.wait_for(driver.children, "nursery")
-        self.wait_for(_Steady(driver), "driver that waits for its shards")
+        # It has handed out the jobs when it loads the tokenizer, and the nursery still imports torch for a while.
+        maps = Path(f"/proc/{driver.pid}/maps")
+        self.wait_for(lambda: "tokenizers" in maps.read_text(), "driver that loads the tokenizer")
         self.stop(driver)
         shards = self.wait_for_shards()
         for shard in shards[1:]:
