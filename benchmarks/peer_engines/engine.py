@@ -42,6 +42,7 @@ class Kvshard:
         self._llm = kvshard.LLM(
             model,
             dtype=settings["dtype"],
+            quantization=settings["weights"] or "none",
             device="cpu",
             tensor_parallel_size=settings["size"],
             threads_per_shard=max(settings["threads"] // settings["size"], 1),

