@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import random
 import sys
 import tempfile
 import threading
@@ -111,7 +112,7 @@ def close(peers: list[Peer]) -> None:
 def measure(peers: list[Peer], names: list[str], repeats: int, threads: int) -> list[dict[str, Any]]:
     """Samples in turns. An engine that ends is left out from there on."""
     samples: list[dict[str, Any]] = []
-    running = list(peers)
+    running, order = list(peers), random.Random(0)
 
     def sample(peer: Peer, workload: str, repeat: int) -> dict[str, Any] | None:
         if workload in KINDS[peer.chosen.kind].left_out or peer not in running:
@@ -127,7 +128,7 @@ def measure(peers: list[Peer], names: list[str], repeats: int, threads: int) -> 
         for peer in peers:
             sample(peer, workload, workloads.WARM_UP)
         for repeat in range(repeats):
-            for peer in peers[repeat % len(peers) :] + peers[: repeat % len(peers)]:
+            for peer in order.sample(peers, len(peers)):  # so that nobody always follows the same one
                 rate = copy_rate(threads)
                 answer = sample(peer, workload, repeat)
                 if answer is None:
@@ -231,9 +232,11 @@ def main() -> None:
         peers = start(present(asked, pythons, bool(arguments.model)), pythons, arguments, Path(folder), log)
         if not peers:
             raise SystemExit("none of the engines can run")
-        if arguments.gate and len(peers) == 1:
+        if arguments.gate and len(peers) < len(asked):
             close(peers)
-            raise SystemExit(f"there is only {peers[0].name}, and nothing to compare it with")
+            raise SystemExit(
+                "an engine that was asked for cannot run, so tokens are not compared: see --engines"
+            )
         agree = True
         try:
             if arguments.gate:

@@ -5,7 +5,7 @@
 Steps of the demo model in bfloat16: decode of 1 row, decode of 32 rows, and a chunk of 1,024 prompt tokens. Operations are timed
 around their calls, with steps run through Python; the last lines give the whole step as it comes, and as it is played
 (kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or multiply-adds over the
-rate of torch's matrix product of 2,048 x 2,048 in bfloat16, whichever takes longer.
+rate of a product of 2,048 x 2,048 in bfloat16, torch's or kvshard's own, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import kvshard.parallel.embedding
 import kvshard.parallel.linear
 from kvshard import LLM, SamplingParams
 from kvshard.kernels import ops
-from kvshard.runtime.shard import decoder
+from kvshard.kernels.linear_ops import LinearWeight, linear
 from kvshard.runtime.shard.recorded_steps import RecordedSteps
 from kvshard.runtime.shard.worker import Worker
 
@@ -35,7 +35,7 @@ READ_BYTES, SIDE = 256 << 20, 2048
 WIDTHS = {
     (960, 576): "qkv",
     (576, 576): "o",
-    (3072, 576): "gate and up",
+    (3072, 576): "gate, up and activation",
     (576, 1536): "down",
     (49152, 576): "LM head",
 }
@@ -84,7 +84,9 @@ def rates() -> tuple[float, float]:
     numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     square = torch.randn(SIDE, SIDE).bfloat16()
     reading = min(_seconds(numbers.sum) for _ in range(5))
-    computing = min(_seconds(lambda: square @ square) for _ in range(5))
+    taken = LinearWeight.take(square.clone())
+    products = (lambda: square @ square, lambda: linear(square, taken))
+    computing = min(_seconds(product) for product in products for _ in range(5))
     return READ_BYTES / reading, 2 * SIDE**3 / computing
 
 
@@ -177,6 +179,7 @@ def main() -> None:
         "rotary and cache write": [(ops, "rotary_kv_write")],
         "attention": [(ops, "paged_attention")],
         "embedding": [(kvshard.parallel.embedding, "embedding")],
+        "gate, up and activation": [(kvshard.parallel.linear, "gated_linear")],
         None: [(kvshard.parallel.linear, "linear"), (kvshard.parallel.embedding, "linear")],
     }
     measured = []
@@ -186,16 +189,11 @@ def main() -> None:
             run(llm, case, 3 * repeat, play=False, watch=None)
             if case.tokens == case.rows:
                 run(llm, case, 3 * repeat + 1, play=True, watch=None)
-            activations = {
-                name: watch.around(call, "activation") for name, call in decoder.ACTIVATIONS.items()
-            }
             patches = [
                 mock.patch.object(module, name, watch.around(getattr(module, name), label))
                 for label, places in timed.items()
                 for module, name in places
             ]
-            own = llm._engine.executor.worker.decoder  # type: ignore[attr-defined]
-            patches.append(mock.patch.object(own, "_activation", activations["silu"]))
             for patch in patches:
                 patch.start()
             run(llm, case, 3 * repeat + 2, play=False, watch=watch)

@@ -10,15 +10,23 @@ T is the number of tokens, N and K the rows and columns of a weight. Each functi
 or device does not fit.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
 from .checks import check, check_rows
 from .cpu import linear as cpu
 from .weight_codes import WeightCodes
+
+Activation = Literal["silu", "gelu_tanh"]
+
+_GATES: Mapping[Activation, Callable[[Tensor], Tensor]] = {"silu": ops.silu_mul, "gelu_tanh": ops.gelu_mul}
+_TURN = 16  # rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +35,7 @@ class LinearWeight:
 
     values: Tensor | WeightCodes
     packed: bool = False
+    in_turns: bool = False  # see take_gated
 
     @classmethod
     def take(cls, weight: Tensor | WeightCodes) -> "LinearWeight":
@@ -36,9 +45,39 @@ class LinearWeight:
             cpu.pack(weight)
         return cls(weight, packed)
 
+    @classmethod
+    def take_gated(cls, weight: Tensor | WeightCodes) -> "LinearWeight":
+        """Of the rows of a gate and below them as many of up, [2 * I, K], for `gated_linear` alone.
+
+        Where they are packed, 16 rows of the one and 16 of the other lie in turns: a chunk that is packed has numbers and
+        their gates.
+        """
+        num_rows = weight.shape[0]
+        whole = num_rows > 0 and num_rows % (2 * _TURN) == 0
+        in_turns = whole and weight.device.type == "cpu" and cpu.can_pack(weight)
+        for tensor in weight.tensors if isinstance(weight, WeightCodes) else (weight,):
+            if in_turns:
+                parts = tensor.view(2, num_rows // 2 // _TURN, _TURN, -1)
+                tensor.copy_(parts.transpose(0, 1).reshape(tensor.shape))
+        taken = cls.take(weight)
+        return cls(taken.values, taken.packed, in_turns)
+
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+
+def gated_linear(x: Tensor, weight: LinearWeight, activation: Activation) -> Tensor:
+    """Returns the gated activation (`ops.silu_mul`, `ops.gelu_mul`) of x W^T, of a weight that `take_gated` took.
+
+    x          [T, K], dtype of the weight, rows of adjacent elements
+    weight     [2 * I, K]: the gate, then up
+    returns    [T, I], dtype of x, contiguous; products are rounded to it first
+    """
+    if not weight.in_turns:
+        return _GATES[activation](linear(x, weight))
+    _check_input(x, weight)
+    return cpu.gated_linear(x, weight.values, activation == "gelu_tanh")
 
 
 def linear(
@@ -52,12 +91,10 @@ def linear(
     dtype    of the result: that of x (None) or float32; torch (see above) rounds to the dtype of x first, the others do not
     returns  [T, N], contiguous
     """
-    num_rows, width = weight.shape
-    stored = weight.values if isinstance(weight.values, Tensor) else weight.values.codes
-    check("x", x, ("T", width), stored, weight.values.dtype)
-    check_rows("x", x)
+    assert not weight.in_turns, "its rows are in another order: gated_linear"
+    _check_input(x, weight)
     if bias is not None:
-        check("bias", bias, (num_rows,), x, x.dtype)
+        check("bias", bias, weight.shape[:1], x, x.dtype)
         check_rows("bias", bias)
     if dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"dtype: expected {x.dtype} or {torch.float32}, got {dtype}")
@@ -69,6 +106,12 @@ def linear(
 
         return quantised_linear(x, weight.values, bias, dtype)
     return F.linear(x, weight.values, bias).to(dtype)
+
+
+def _check_input(x: Tensor, weight: LinearWeight) -> None:
+    stored = weight.values if isinstance(weight.values, Tensor) else weight.values.codes
+    check("x", x, ("T", weight.shape[1]), stored, weight.values.dtype)
+    check_rows("x", x)
 
 
 def embedding(ids: Tensor, weight: LinearWeight, first_row: int | None = None, scale: float = 1.0) -> Tensor:

@@ -72,7 +72,7 @@ class WeightCodes:
     def widen(self) -> Tensor:
         """The numbers, [N, K] of `dtype`."""
         rows, groups = self.scales.shape
-        codes = self.codes.view(rows, groups, -1)
+        codes = self.codes.view(rows, groups, GROUP // (8 // self.bits))
         if self.bits == 4:
             codes = torch.cat((codes & 15, codes >> 4), dim=2)
         numbers = codes.float()

@@ -23,6 +23,9 @@ from ..runtime.observe.memory_plan import DeviceKind, MemoryPlan, build_shard_ma
 from ..runtime.paths import cache_dir
 from ..runtime.sampling_params import SamplingParams
 
+# Of NVIDIA's driver, of Windows' under Linux, and of AMD's.
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
 
 class Engine:
     """A model that runs: its shards, the coordinator that drives them and the tokenizer. Use `Engine.start`."""
@@ -94,16 +97,21 @@ class Engine:
             on_status(
                 f"starting {config.tensor_parallel_size} shard(s) on {config.device} with {config.launcher}"
             )
+            template = None if config.chat_template is None else _read_template(config.chat_template)
             started.callback(executor.close)
-            executor.launch()
+            if (
+                config.launcher != "torchrun"
+            ):  # its shards run already, and import while they wait for their jobs
+                executor.launch()
             # While the shards import torch: transformers takes half a second.
             from ..runtime.models.tokenizer import byte_tokens, load_tokenizer
 
             tokenizer = load_tokenizer(model_path, config.tokenizer, cache_dir())
-            if config.chat_template is not None:
-                tokenizer.chat_template = _read_template(config.chat_template)
+            if template is not None:
+                tokenizer.chat_template = template
+            names = byte_tokens(tokenizer)
             shards = executor.start()
-            engine = cls(config, index.spec, planned[-1], tokenizer, byte_tokens(tokenizer), executor, shards)
+            engine = cls(config, index.spec, planned[-1], tokenizer, names, executor, shards)
             started.pop_all()  # the engine's to close from here on
         return engine
 
@@ -158,7 +166,8 @@ def _num_gpus_here() -> int:
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 0  # no driver: torch, which takes a second to import, could only say the same
+        if not any(Path(device).exists() for device in GPU_DEVICES):
+            return 0  # no driver: torch, which takes a second to import, could only say the same
     import torch
 
     return torch.cuda.device_count()

@@ -41,14 +41,17 @@ class LocalLauncher:
             # A terminal's Ctrl-C goes to the whole process group; the shards are stopped by the coordinator.
             process_group=0,
         )
-        assert self._nursery.stdin is not None, "stdin is a pipe"
-        self._nursery.stdin.write(LENGTH.pack(len(jobs)))
-        for job in jobs:
-            data = job.to_bytes()
-            self._nursery.stdin.write(LENGTH.pack(len(data)) + data)
-        self._nursery.stdin.flush()
         self._reader = threading.Thread(target=self._read_reports, args=(len(jobs),), daemon=True)
         self._reader.start()
+        assert self._nursery.stdin is not None, "stdin is a pipe"
+        told = [job.to_bytes() for job in jobs]
+        try:
+            self._nursery.stdin.write(LENGTH.pack(len(told)))
+            for data in told:
+                self._nursery.stdin.write(LENGTH.pack(len(data)) + data)
+            self._nursery.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which `dead` says
 
     def dead(self) -> dict[int, str]:
         return dict(self._ended)

@@ -38,6 +38,8 @@ def main() -> None:
     signal.set_wakeup_fd(wake_write)
     children: dict[int, int] = {}
     for job in jobs:
+        if select.select([source], [], [], 0)[0]:
+            break  # the parent has given up while torch was imported
         pid = os.fork()
         if pid == 0:
             _run_child(run_shard, job, wake, wake_write)

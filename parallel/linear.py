@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.linear_ops import LinearWeight, linear
+from ..kernels.linear_ops import Activation, LinearWeight, gated_linear, linear
 from .group import Group
 
 
@@ -35,6 +35,27 @@ class ColumnParallelLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class ColumnParallelGatedLinear:
+    """`y_local = act(x @ gate.T) * (x @ up.T)`, where each rank has the same columns of both. No communication.
+
+    | tensor    | shape                 | placement                                      |
+    |-----------|-----------------------|------------------------------------------------|
+    | x         | [R, in]               | the same on all ranks                          |
+    | weight    | [2 * out_local, in]   | gate, then up: split over the rows of each     |
+    | y_local   | [R, out_local]        | split over columns, dtype of x                 |
+    """
+
+    def __init__(self, weight: LinearWeight, activation: Activation) -> None:
+        """`weight`: one that `LinearWeight.take_gated` took."""
+        assert len(weight.shape) == 2, f"weight must be [2 * out_local, in], got {tuple(weight.shape)}"
+        assert weight.shape[0] % 2 == 0, "weight must have as many rows of gate as of up"
+        self.weight = weight
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return gated_linear(x, self.weight, self.activation)
 
 
 def row_parallel_linear(x_local: Tensor, weight: LinearWeight, group: Group, where: str) -> Tensor:

@@ -36,7 +36,11 @@ class Peer:
             stderr=log,
             text=True,
         )
-        ready = self._answer(LOAD_S)
+        try:
+            ready = self._answer(LOAD_S)
+        except BaseException:
+            self.close()
+            raise
         self.version: str = ready["version"]
         self.load_s: float = ready["load_s"]
 
@@ -44,8 +48,11 @@ class Peer:
         """What engine.py answers. Raises PeerEnded."""
         assert self._process.stdin is not None
         request = {"workload": workload, "repeat": repeat, "token_ids": token_ids}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise PeerEnded(f"{self.name} ended with {self._process.wait()}; the log says why") from None
         return self._answer(SAMPLE_S)
 
     def close(self) -> None:
@@ -55,9 +62,12 @@ class Peer:
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         assert self._process.stdout is not None
         watch = threading.Timer(timeout_s, self._process.kill)
+        watch.daemon = True
         watch.start()
-        line = self._process.stdout.readline()
-        watch.cancel()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
         if not line:
             raise PeerEnded(f"{self.name} ended with {self._process.wait()}; the log says why")
         answer: dict[str, Any] = json.loads(line)

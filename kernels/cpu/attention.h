@@ -27,7 +27,7 @@ struct attention {
 
 // The queries of an item, as the products want them.
 struct queries {
-    union {
+    _Alignas(64) union {
         float floats[SOME_ROWS * MAX_DIM];  // [rows][channels]
         uint32_t pairs[16 * MAX_DIM / 2];    // [channels / 2][4 or 16 rows][2], see amx.h
         uint16_t halves[MAX_ROWS * MAX_DIM];  // [rows][channels], see amx_wide.h
@@ -40,7 +40,7 @@ struct queries {
 // What query heads have seen so far: sum of weights * values, sum of weights, and the logit that weights are relative to.
 // Logits are in base 2: exp(x) = 2^(x log2 e).
 struct state {
-    float out[MAX_ROWS * MAX_DIM];  // [rows][vectors * LANES], channels in the order of the products
+    _Alignas(64) float out[MAX_ROWS * MAX_DIM];  // [rows][vectors * LANES], channels in the order of the products
     float total[MAX_ROWS], top[MAX_ROWS];
 };
 

@@ -63,7 +63,7 @@ static int plan(const struct attention *a, struct work *work) {
     int64_t group = 1, num_tokens = a->query_start[a->num_rows], most = a->num_rows + num_tokens, longest = 0;
     for (int64_t h = 0; h < a->num_kv_heads; h++) group = max64(group, a->first_head[h + 1] - a->first_head[h]);
     int64_t tile = max64(rows_at_once(a) / group, 1), neighbours = tile;
-    while (tile * group > SOME_ROWS && num_tokens / tile * a->num_kv_heads < 4 * a->num_threads) tile /= 2;
+    while (tile > 1 && tile * group > SOME_ROWS && num_tokens / tile * a->num_kv_heads < 4 * a->num_threads) tile /= 2;
     for (int64_t r = 0; r < a->num_rows; r++) {
         most += a->context_lens[r] / CHUNK + 1;
         longest = max64(longest, a->context_lens[r] / CHUNK + 1);

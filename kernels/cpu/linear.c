@@ -11,13 +11,13 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "activation.h"
 #include "linear_dots.h"
+#include "linear_rows.h"
 #include "matrix_unit.h"
 
 #ifdef HAVE_AMX
 enum {
-    SIDE = 16,                // rows of a tile
-    CHUNK = 2 * SIDE,         // rows of W, tokens, or channels of a product of four tiles
     AHEAD = 4,                // products from the one whose weights are being fetched to the one at work
     PANEL = 576,              // channels of 32 tokens and of a chunk that the first cache holds
     KEPT_BYTES = 1024 << 10,  // weights that all tokens meet before the next are read: they stay in the second cache
@@ -96,12 +96,23 @@ static inline __attribute__((always_inline)) void multiply(
             settle(tiles);
         }
         multiply_tiles(x + i * CHUNK, a->x_stride, next, tokens, near);
+        if (!w) settle(tiles);  // read before others take their place
     }
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + SUMS, 64);
     if (tokens > SIDE) {
         _tile_stored(2, sums + 2 * SUMS, 64);
         _tile_stored(3, sums + 3 * SUMS, 64);
+    }
+}
+
+// A chunk of 16 rows of a gate and the 16 of up: sums are rounded once, and so is what becomes of them.
+static void write_gated(const struct linear *a, const float *sums, int64_t token, int64_t tokens, int64_t row) {
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *at = sums + t / SIDE * SIDE * CHUNK + t % SIDE * SIDE;
+        __m512 gate = _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(_mm512_loadu_ps(at)));
+        __m512 up = _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(_mm512_loadu_ps(at + SIDE * SIDE)));
+        store_bf16((uint16_t *)a->out + ((token + t) * a->n + row) / 2, gated_of((vf)gate, (vf)up, (int)a->gelu));
     }
 }
 
@@ -158,7 +169,8 @@ static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16
                     if (!w) multiply(a, x, NULL, chunk, tokens, channels, 1, 0, at);
                     else if (token > 0) multiply(a, x, w + c * CHUNK, chunk, tokens, channels, c == 0, 1, at);
                     else multiply(a, x, w + c * CHUNK, chunk, tokens, channels, c == 0, 0, at);
-                    if (last) write_sums(a, at, token, tokens, chunk * CHUNK);
+                    if (last && a->gated) write_gated(a, at, token, tokens, chunk * CHUNK);
+                    else if (last) write_sums(a, at, token, tokens, chunk * CHUNK);
                 }
         }
     }
@@ -196,52 +208,6 @@ int linear_pack_codes(const struct codes *w, int64_t n) {
 #else
     return 0;
 #endif
-}
-
-struct rows {
-    const void *w;
-    const int64_t *ids;
-    void *out;
-    int64_t num_ids, first_row, whole, n, k, number_bytes, packed, format;  // whole: W has all rows that there are
-    struct codes codes;  // in the place of w
-    float scale;         // 1: numbers of any format are copied
-};
-
-static void scale_numbers(const struct rows *a, void *out) {
-    for (int64_t c = 0; c < a->k; c++) {
-        float x = number(a->format, out, c) * a->scale;
-        if (a->format == FLOAT32) ((float *)out)[c] = x;
-        else if (a->format == BFLOAT16) ((uint16_t *)out)[c] = to_bf16(x);
-        else ((_Float16 *)out)[c] = (_Float16)x;
-    }
-}
-
-// out[i] = row ids[i] - first_row of W times the scale. Where W has no such row: zeros, or 2 is returned if it is whole.
-int linear_rows(const struct rows *a) {
-    int64_t row_bytes = a->k * a->number_bytes;
-    for (int64_t i = 0; i < a->num_ids; i++) {
-        uint8_t *out = (uint8_t *)a->out + i * row_bytes;
-        int64_t row = a->ids[i] - a->first_row;
-        if (row < 0 || row >= a->n) {
-            if (a->whole) return 2;
-            memset(out, 0, (size_t)row_bytes);
-            continue;
-        }
-        int packed = a->packed && row < a->n / 32 * 32;
-        if (a->codes.bits) widen_row_of(&a->codes, row, packed, a->format, out);
-#ifdef HAVE_AMX
-        else if (packed) {
-            int64_t chunk = row / CHUNK, in_chunk = row % CHUNK;
-            const uint16_t *pairs = (const uint16_t *)a->w + chunk * CHUNK * a->k;
-            pairs += in_chunk / SIDE * SIDE * CHUNK + in_chunk % SIDE * 2;
-            for (int64_t pair = 0; pair < a->k / 2; pair++)
-                memcpy(out + 4 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
-        }
-#endif
-        else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
-        if (a->scale != 1) scale_numbers(a, out);
-    }
-    return 0;
 }
 
 // Of a packed W. Returns 1 for want of memory.

@@ -17,8 +17,6 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHANNELS = 32  # of a product of tiles
 _MOST_DOTS = 64  # tokens up to which a plain weight is read in C; torch's blocks are better for more
-
-
 _PIECE_BYTES = 64 << 20  # numbers that are made of codes at a time for a product in torch
 
 
@@ -37,7 +35,7 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         *((name, _POINTER) for name in ("x", "w", "bias", "out")),
         *((name, _INT) for name in ("num_tokens", "n", "k", "x_stride", "format", "to_float32")),
-        ("num_threads", _INT),
+        *((name, _INT) for name in ("num_threads", "gated", "gelu")),
         ("codes", _Codes),
     )
 
@@ -91,26 +89,53 @@ def linear(
     """See `linear_ops.linear`."""
     library = _library()
     num_tokens = x.shape[0]
+    if packed:
+        return _packed(x, weight, bias, dtype)
     strided = isinstance(weight, Tensor) and not weight.is_contiguous()
-    if not packed and (library is None or x.dtype not in _DTYPES or strided or num_tokens > _MOST_DOTS):
+    if library is None or x.dtype not in _DTYPES or strided or num_tokens > _MOST_DOTS:
         return _in_torch(x, weight, bias).to(dtype)
-    assert library is not None, "see can_pack"
     out = empty((num_tokens, weight.shape[0]), dtype)
-    arguments = _Linear(
+    call(library.linear_plain, _arguments(x, weight, bias, out), no_memory)
+    return out
+
+
+def gated_linear(x: Tensor, weight: Tensor | WeightCodes, gelu: bool) -> Tensor:
+    """See `linear_ops.gated_linear`, of a packed weight whose rows of gate and up lie in turns of 16."""
+    return _packed(x, weight, None, x.dtype, gated=True, gelu=gelu)
+
+
+def _packed(
+    x: Tensor,
+    weight: Tensor | WeightCodes,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    gated: bool = False,
+    gelu: bool = False,
+) -> Tensor:
+    library = _library()
+    assert library is not None, "see can_pack"
+    out = empty((x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0]), dtype)
+    arguments = _arguments(x, weight, bias, out)
+    arguments.gated, arguments.gelu = gated, gelu
+    call(library.linear_packed, arguments, no_memory)
+    return out
+
+
+def _arguments(x: Tensor, weight: Tensor | WeightCodes, bias: Tensor | None, out: Tensor) -> _Linear:
+    """Not gated."""
+    return _Linear(
         x.data_ptr(),
         _place(weight),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        num_tokens,
+        x.shape[0],
         *weight.shape,
         x.stride(0),
         FORMAT_CODES[x.dtype],
-        dtype == torch.float32,
+        out.dtype == torch.float32,
         torch.get_num_threads(),
-        _codes(weight),
+        codes=_codes(weight),
     )
-    call(library.linear_packed if packed else library.linear_plain, arguments, no_memory)
-    return out
 
 
 def rows(
@@ -176,6 +201,7 @@ def _in_torch(x: Tensor, weight: Tensor | WeightCodes, bias: Tensor | None) -> T
         if wide is None:
             wide = weight.rows(slice(first, end)).widen()
         products.append(F.linear(x, wide, None if bias is None else bias[first:end]))
+        del wide  # before the next piece takes its room
     if not products:
         return x.new_empty(x.shape[0], 0)
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)

@@ -6,10 +6,14 @@
 
 struct linear {
     const void *x, *w, *bias;  // [num_tokens, k], [n, k], [n] or null; of one format
-    void *out;                 // [num_tokens, n], of that format or float32
+    void *out;                 // [num_tokens, n], of that format or float32; [num_tokens, n / 2] if gated
     int64_t num_tokens, n, k, x_stride, format, to_float32, num_threads;
+    int64_t gated, gelu;       // rows of gate and up in turns of 16, of which pairs become one number; packed only
     struct codes codes;        // in the place of w, which is not read then
 };
+
+// Of a packed W: rows of a tile; rows of W, tokens, or channels of a product of four tiles.
+enum { SIDE = 16, CHUNK = 2 * SIDE };
 
 enum { ROWS = 4, TOKENS = LANES / ROWS };  // rows of W and tokens that meet in registers: a lane of a sum each
 

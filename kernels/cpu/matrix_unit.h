@@ -25,7 +25,8 @@ struct tile_shapes {
     uint8_t rows[16];
 };
 
-// What was stored before, at `p` too, is stored before: GCC does not know all of what the instructions on tiles read.
+// What was stored before, at `p` too, is stored before, and what is stored behind is stored behind: GCC does not know what
+// the instructions on tiles read.
 static inline void settle(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 static inline void load_shapes(const struct tile_shapes *shapes) {

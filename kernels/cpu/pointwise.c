@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#include "vectors.h"
+#include "activation.h"
 
 enum { MAX_DIM = 1024, SMALL = 32768 };  // elements of a call that are not worth a second thread
 
@@ -99,10 +99,6 @@ struct rotary {
     int64_t q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, num_threads;
     float eps;
 };
-
-static inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp2_of(x * -1.44269504f)); }
-// (1 + tanh(y)) / 2 is the sigmoid of 2 y.
-static inline vf gelu_argument(vf x) { return 1.59576912f * (x + 0.044715f * x * x * x); }
 
 #define T float
 #define NAME(op) float32_##op

@@ -112,8 +112,7 @@ int NAME(gated)(const struct gated *a) {
             int64_t n = inner - c;
             const T *in = (const T *)a->gate_up + t * a->stride + c;
             vf gate = NAME(read)(in, n), up = NAME(read)(in + inner, n);
-            vf active = gate * sigmoid(a->gelu ? gelu_argument(gate) : gate);
-            NAME(write)(out + t * inner + c, active * up, n);
+            NAME(write)(out + t * inner + c, gated_of(gate, up, (int)a->gelu), n);
         }
     return 0;
 }

@@ -14,7 +14,7 @@ from .ggml_blocks import Bytes, widen
 from .spec import ModelSpec
 from .tensor_info import STORED_TYPES, TensorInfo
 from .weight_blocks import made, taken
-from .weight_formats import BlockFormat
+from .weight_formats import BLOCK, BlockFormat
 
 # Stored bytes read at a time: bounds the host memory above the destination. What 4-bit blocks become is eight times as much.
 CHUNK_BYTES = 256 << 10
@@ -82,7 +82,9 @@ class Checkpoint:
         info = self.index.tensors[name]
         wanted = range(info.shape[axis]) if indices is None else indices
         rows, columns = (wanted, range(info.shape[1])) if axis == 0 else (range(info.num_rows), wanted)
+        assert 0 <= wanted.start <= wanted.stop <= info.shape[axis], f"{name}: {wanted}"
         assert out.shape == (len(rows), len(columns)), f"{name}: {tuple(out.shape)} for {wanted}"
+        assert columns.start % BLOCK == len(columns) % BLOCK == 0, f"{name}: {columns} cuts a block"
         if not (rows and columns):
             return
         for place, data in self._chunks(info, rows, columns):
@@ -95,7 +97,7 @@ class Checkpoint:
     def _chunks(self, info: TensorInfo, rows: range, columns: range) -> Iterator[tuple[slice, Bytes]]:
         """Where in `rows` a chunk lies, and the stored bytes of its columns' blocks, [rows in chunk, bytes], in order.
 
-        Each holds CHUNK_BYTES or one head more.
+        Each holds at most CHUNK_BYTES, or one head where that is more.
         """
         block, block_bytes = STORED_TYPES[info.dtype]
         first_block, last_block = columns.start // block, -(-columns.stop // block)

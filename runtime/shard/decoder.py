@@ -4,7 +4,7 @@ Names in shapes: T tokens of the step, H hidden_size, Hq and Hk local query and 
 D head_dim, I local MLP columns, S sampling rows, V local vocabulary rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +14,13 @@ from ...kernels import ops
 from ...kernels.linear_ops import LinearWeight
 from ...parallel.embedding import LMHead, VocabParallelEmbedding
 from ...parallel.group import Group
-from ...parallel.linear import ColumnParallelLinear, RowParallelLinear
+from ...parallel.linear import ColumnParallelGatedLinear, ColumnParallelLinear, RowParallelLinear
 from ...parallel.norm import SplitWidth, SplitWidthRMSNorm
 from ...parallel.shard_map import Shard
-from ..models.spec import Activation, ModelSpec, RotarySpec
+from ..models.spec import ModelSpec, RotarySpec
 from .kv_cache import KVCache
 from .slots import StepInputs
 from .weights import Weights
-
-ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": ops.silu_mul,
-    "gelu_tanh": ops.gelu_mul,
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class DecoderLayer:
     o: RowParallelLinear  # [H, Hq * D]
     attention_out_norm: Tensor | None  # [H]
     mlp_norm: Tensor | None  # [H]
-    gate_up: ColumnParallelLinear  # [2 * I, H]
+    gate_up: ColumnParallelGatedLinear  # [2 * I, H]
     down: RowParallelLinear  # [H, I]
     mlp_out_norm: Tensor | None  # [H]
     window: int | None  # positions a query sees
@@ -62,7 +57,6 @@ class Decoder:
         self._scale = spec.head_dim**-0.5 if spec.attention_scale is None else spec.attention_scale
         self._attention_soft_cap = spec.attention_soft_cap
         self._logit_soft_cap = spec.logit_soft_cap
-        self._activation = ACTIVATIONS[spec.activation]
         self._heads = ops.HeadLayout(shard.q_per_kv)
         self._final_norm = _vectors(weights)["final_norm"]
         scale = 1.0 if spec.embedding_scale is None else spec.embedding_scale
@@ -89,7 +83,7 @@ class Decoder:
         for i, layer in enumerate(self._layers):
             hidden = self._attention(i, layer, hidden, inputs, cache)
             hidden = join(hidden, residual, layer.attention_out_norm, layer.mlp_norm, self._eps)
-            hidden = layer.down(self._activation(layer.gate_up(hidden)))
+            hidden = layer.down(layer.gate_up(hidden))
             last = i + 1 == len(self._layers)
             norm = self._final_norm if last else self._layers[i + 1].attention_norm
             hidden = join(hidden, residual, layer.mlp_out_norm, norm, self._eps)
@@ -178,7 +172,9 @@ def _layer(
         o=RowParallelLinear(matrix("o"), group, f"layer {index} o_proj"),
         attention_out_norm=vectors.get(name + "attention_out_norm"),
         mlp_norm=vectors.get(name + "mlp_norm"),
-        gate_up=ColumnParallelLinear(matrix("gate_up")),
+        gate_up=ColumnParallelGatedLinear(
+            LinearWeight.take_gated(weights[name + "gate_up"]), spec.activation
+        ),
         down=RowParallelLinear(matrix("down"), group, f"layer {index} down_proj"),
         mlp_out_norm=vectors.get(name + "mlp_out_norm"),
         window=spec.layer_windows[index],

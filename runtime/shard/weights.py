@@ -28,7 +28,7 @@ def load_weights(
 ) -> Weights:
     """The shard's parameters by the names of `models/parameters.py`, contiguous; an alias is the same object.
 
-    Peak memory is the parameters themselves plus, for each thread, a chunk of a few MiB on the host and its numbers.
+    Peak memory is the parameters themselves plus, for each thread, a chunk on the host and its numbers, 2 MiB or a row.
     """
     parameters = local_parameters(spec, shard, formats)
     weights: Weights = {}
@@ -60,10 +60,12 @@ def load_weights(
 
     # Threads of parameters, and not torch's, which would wait for each other after each small operation.
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(min(threads, MAX_THREADS), "load", torch.set_num_threads, (1,)) as pool:
-        for _ in pool.map(fill, own):
-            pass  # raises what the reading of a parameter raised
-    torch.set_num_threads(threads)  # new threads take what any thread has set last
+    try:
+        with ThreadPoolExecutor(min(threads, MAX_THREADS), "load", torch.set_num_threads, (1,)) as pool:
+            for _ in pool.map(fill, own):
+                pass  # raises what the reading of a parameter raised
+    finally:
+        torch.set_num_threads(threads)  # new threads take what any thread has set last
     return weights
 
 

@@ -141,6 +141,52 @@ def test_rows_that_share_blocks_on_cpu(attention_case, format, dtype, window):
         assert bits_equal(alone, [x[row : row + 1] for x in together]), f"row {row}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("group", [17, 33, 48, 130])
+def test_large_groups_on_cpu(attention_case, group, dtype):
+    """More query heads of one KV head than there are rows in a tile, a narrow item, or any item."""
+    from kvshard.kernels import cpu
+
+    case = attention_case((1, 3, 1), (5, 70, 600), q_per_kv=(group,), dtype=dtype)
+    together = case.run_with_lse(cpu.paged_attention)
+    assert_within(together[0], case.run(reference.paged_attention), "attention")
+    for row, begin, end in ((0, 0, 1), (1, 1, 4), (2, 4, 5)):
+        alone = case.alone(row).run_with_lse(cpu.paged_attention)
+        assert bits_equal(alone, [x[begin:end] for x in together])
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+@pytest.mark.parametrize("block_size", [8, 16, 24])
+def test_many_queries_on_cpu(attention_case, head_dim, block_size):
+    """Items of all the rows they can have, of wide heads, over blocks that do not divide what is read at a time."""
+    from kvshard.kernels import cpu
+
+    case = attention_case(
+        (150,), (230,), q_per_kv=(4,), head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16
+    )
+    torch.set_num_threads(1)
+    whole = case.run_with_lse(cpu.paged_attention)
+    assert_within(whole[0], case.run(reference.paged_attention), "attention")
+    for query in (0, 31, 32, 149):
+        one = case.changed(
+            q=case.q[query : query + 1], query_lens=(1,), context_lens=(230 - 150 + query + 1,)
+        )
+        assert bits_equal(one.run_with_lse(cpu.paged_attention), [x[query : query + 1] for x in whole])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_more_neighbours_than_an_item_has_rows_on_cpu(attention_case, dtype):
+    from kvshard.kernels import cpu
+
+    num_rows = 40  # of 4 query heads: 160 rows
+    case = attention_case((1,) * num_rows, (520,) * num_rows, q_per_kv=(4,), dtype=dtype, block_size=24)
+    case.block_tables[:, :22] = case.block_tables[0, :22]  # 528 positions
+    together = case.run_with_lse(cpu.paged_attention)
+    for row in (0, 7, 8, 31, 32, 39):
+        alone = case.alone(row).run_with_lse(cpu.paged_attention)
+        assert bits_equal(alone, [x[row : row + 1] for x in together])
+
+
 @pytest.mark.parametrize("format", ["auto", "fp8", "int4"])
 @pytest.mark.parametrize("window", [None, 21], ids=lambda window: f"window {window}")
 def test_a_prompt_cut_into_steps(triton_attention, triton_device, attention_case, window, format):

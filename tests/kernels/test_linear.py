@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from kvshard.kernels.linear_ops import LinearWeight, embedding, linear
+from kvshard.kernels.weight_codes import WeightCodes
 
 from ..tolerances import assert_within
 
@@ -116,6 +117,27 @@ def test_rows_of_any_stride() -> None:
     x = wide[:, 50:146]
     got = linear(x, LinearWeight.take(w.clone()), bias)
     assert_within(got, exact(x, w, bias).bfloat16(), "product")
+
+
+@needs_matrix_unit
+@pytest.mark.parametrize("bits", [16, 8], ids=["numbers", "codes"])
+def test_more_rows_than_are_kept(bits: int) -> None:
+    """A matrix that is met in several parts, each in several panels."""
+    w, x = numbers(700, 1952, seed=1), numbers(70, 1952, seed=3)
+    kept: Tensor | WeightCodes = w.clone()
+    if bits == 8:
+        scales = torch.full((700, 61), 0.03125, dtype=torch.float16)
+        kept = WeightCodes((w * 32).clamp(-127, 127).to(torch.int8), scales, None, torch.bfloat16)
+        w = kept.widen()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        weight = LinearWeight.take(kept)
+        whole = linear(x, weight, dtype=torch.float32)
+        assert_within(whole, exact(x, w, torch.zeros(700)).float(), "product")
+        assert torch.equal(linear(x[50:51], weight, dtype=torch.float32), whole[50:51])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
