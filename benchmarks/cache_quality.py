@@ -22,10 +22,10 @@ from torch import Tensor
 from kvshard.kernels.ops import AttentionMetadata, CacheFormat
 from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
-from kvshard.runtime.config import Quantization
 from kvshard.runtime.models.checkpoint import open_checkpoint
 from kvshard.runtime.models.resolve import fetch_demo
 from kvshard.runtime.models.tokenizer import load_tokenizer
+from kvshard.runtime.models.weight_formats import Quantization
 from kvshard.runtime.paths import cache_dir
 from kvshard.runtime.shard.decoder import Decoder
 from kvshard.runtime.shard.kv_cache import KVCache

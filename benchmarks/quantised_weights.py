@@ -25,7 +25,7 @@ import torch
 from cache_quality import PASSAGE, page_logits
 
 from kvshard import LLM, SamplingParams
-from kvshard.runtime.config import Quantization
+from kvshard.runtime.models.weight_formats import Quantization
 
 SETTINGS: tuple[Quantization, ...] = get_args(Quantization)
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
@@ -102,7 +102,8 @@ def main() -> None:
             f"| {name} | {medians['weight_mib']:.0f} | {medians['tpot_ms']:.2f} | {ratio:.2f}x | {medians['ttft_ms']:.1f} "
             f"| {of_page[name]['perplexity']:.3f} | {of_page[name]['same_token']:.1%} |"
         )
-    record.write(result | {"samples": samples, "quality": of_page}, arguments.output)
+    settings = {"repeats": arguments.repeats, "threads": arguments.threads}
+    record.write(result | {"arguments": settings, "samples": samples, "quality": of_page}, arguments.output)
 
 
 if __name__ == "__main__":

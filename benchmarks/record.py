@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,8 +34,21 @@ def describe(benchmark: str) -> dict[str, Any]:
             "system": platform.platform(),
             "load_average_before": os.getloadavg()[0],
         },
-        "versions": {"python": sys.version.split()[0], "torch": version("torch")},
+        "versions": {"python": sys.version.split()[0], "torch": version("torch"), "kvshard": _commit()},
     }
+
+
+def _commit() -> str:
+    """The commit of this checkout, and whether anything but results was changed since."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
+        return run.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "..", ":!results")
+    return (git("rev-parse", "--short", "HEAD") or "no commit") + (", changed" if changed else "")
 
 
 def _gpu() -> str | None:

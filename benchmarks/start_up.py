@@ -160,6 +160,7 @@ def main() -> None:
         return print_memory(arguments.memory_of)
     result = record.describe("start_up")
     result["versions"] |= {name: version(name) for name in ("transformers", "ray")}
+    result["arguments"] = {"repeats": arguments.repeats}
     with tempfile.TemporaryDirectory() as empty:
         first = start_job("local", 1, empty)
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in (*KINDS, "Ray itself, one task")}

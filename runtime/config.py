@@ -15,10 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
+from .models.weight_formats import Quantization
 from .sampling_params import SamplingParams
 
 Task = Literal["generate", "score"]
-Quantization = Literal["none", "int8", "int4", "keep"]
 
 
 class _Section(BaseModel):

@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from ..config import Quantization
 from . import families, gguf_families, gguf_file, safetensors_file
 from .fields import CheckpointError, Fields
 from .parameters import expected_tensors
 from .spec import ModelSpec
 from .tensor_info import TensorInfo, listed
-from .weight_formats import BlockFormat, WeightFormats
+from .weight_formats import BlockFormat, Quantization, WeightFormats
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ..config import Quantization
-from .tensor_info import STORED_TYPES
-
+Quantization = Literal["none", "int8", "int4", "keep"]
 BlockFormat = Literal["Q8_0", "Q4_0", "Q4_1"]
 BLOCK = 32  # channels of a block, of all three
+_BYTES: dict[BlockFormat, int] = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 _MADE: dict[Quantization, BlockFormat] = {"int8": "Q8_0", "int4": "Q4_1"}
 
 
@@ -16,7 +15,7 @@ _MADE: dict[Quantization, BlockFormat] = {"int8": "Q8_0", "int4": "Q4_1"}
 class WeightFormats:
     """What the job's setting `quantization` makes of the matrices of a checkpoint.
 
-    stored: by name the type of each of its tensors, see STORED_TYPES; only needed where blocks are kept.
+    stored: by name the type of each of its tensors, see tensor_info.STORED_TYPES; only needed where blocks are kept.
     """
 
     quantization: Quantization = "none"
@@ -42,4 +41,4 @@ WIDE = WeightFormats()
 
 def block_bytes(format: BlockFormat) -> int:
     """Of the codes, the scale and the minimum of 32 channels."""
-    return STORED_TYPES[format][1]
+    return _BYTES[format]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from ...kernels.linear_ops import LinearWeight
+from ...kernels.weight_codes import WeightCodes
 from ...parallel.embedding import LMHead, VocabParallelEmbedding
 from ...parallel.group import Group
 from ...parallel.linear import ColumnParallelGatedLinear, ColumnParallelLinear, RowParallelLinear
@@ -20,7 +21,8 @@ from ...parallel.shard_map import Shard
 from ..models.spec import ModelSpec, RotarySpec
 from .kv_cache import KVCache
 from .slots import StepInputs
-from .weights import Weights
+
+Weights = Mapping[str, Tensor | WeightCodes]
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,14 @@ def test_forked_shards_and_shards_over_tcp(model: Path) -> None:
     assert answers[0] == answers[1]
 
 
+def test_a_tokenizer_that_cannot_be_loaded_leaves_no_process(model: Path, tmp_path: Path) -> None:
+    """It is read while the process that makes the shards imports torch."""
+    before = own_processes()
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
+        Engine.start(config_for(model, 2, tokenizer=str(tmp_path)), launcher=LocalLauncher(2))
+    assert own_processes() <= before
+
+
 def test_a_shard_that_dies_is_described(model: Path) -> None:
     launcher = LocalLauncher(2)
     with Engine.start(config_for(model, 2), launcher=launcher) as engine:
