@@ -81,6 +81,8 @@ def start_job(launcher: str, size: int, cache_home: str | None = None) -> dict[s
                 time.sleep(LOOK_S)
             code = process.wait(LIMIT_S)
             end = time.perf_counter() - begin
+            if first is None and output.exists() and output.stat().st_size:
+                first = end  # it was over between two looks
             log.seek(0)
             text = log.read()
         assert code == 0, text

@@ -55,13 +55,12 @@ static void wide_products(const uint16_t *q, const uint16_t *keys, int64_t padde
 }
 
 // Turns the products of one group, [GROUP][BLOCK], into weights in bfloat16, [GROUP][BLOCK], and fades older outputs.
-// See weigh_columns.
+// changes: logits are more than products times a factor. See weigh_columns.
 static inline __attribute__((always_inline)) void weigh_wide(
-    const struct attention *a, const struct queries *q, const struct scales *scales, int64_t start, int64_t m, int changes,
+    const struct attention *a, const struct queries *q, const struct scales *scales, int64_t start, int64_t m, int changes, int hides,
     float *x, struct state *s, uint16_t *weights
 ) {
     enum { PARTS = BLOCK / LANES };
-    int hides = changes && some_hidden(a, start, q->position[m], q->position[m + GROUP - 1]);
     vf gain = splat(a->soft_cap > 0 ? 1 : q->factor), rows[GROUP];
     for (int i = 0; i < GROUP; i++) {
         vf logits[PARTS];
@@ -145,9 +144,9 @@ static void meet_wide(const struct attention *a, int64_t row, int64_t kv_head, i
         fetch_some(a, ahead);
         // Products of the next group first, so that weights do not wait for theirs.
         if (m + GROUP < end_row) wide_products(q->halves + (m + GROUP) * padded, keys, padded, x[turn ^ 1]);
-        if (a->k_scale || a->soft_cap > 0 || some_hidden(a, start, q->position[m], q->position[m + GROUP - 1]))
-            weigh_wide(a, q, &scales, start, m, 1, x[turn], s, weights);
-        else weigh_wide(a, q, &scales, start, m, 0, x[turn], s, weights);
+        int hides = some_hidden(a, start, q->position[m], q->position[m + GROUP - 1]);
+        if (hides || a->k_scale || a->soft_cap > 0) weigh_wide(a, q, &scales, start, m, 1, hides, x[turn], s, weights);
+        else weigh_wide(a, q, &scales, start, m, 0, 0, x[turn], s, weights);
         settle(weights);
         add_values_wide(s->out + m * padded, weights, b.v, padded);
     }

@@ -6,7 +6,8 @@
 // a W in bfloat16 that is packed where it lies, so that it needs no second place. Each 32 of its rows become, for each 32
 // channels, two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h). Rows past the last
 // whole 32 stay as they are, and are packed again in every call. A W that is kept as codes (linear_codes.h) becomes numbers
-// a few rows at a time, just before they are multiplied: they are in the cache then, and only codes come from memory.
+// just before they are multiplied, for few tokens one product ahead and for many 1 MiB at a time: they are in the cache then,
+// and only codes come from memory.
 
 #include <omp.h>
 #include <stdlib.h>
