@@ -16,14 +16,14 @@ import tempfile
 from pathlib import Path
 
 # No -ffast-math: sums keep the order that they are written in, on every processor.
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 _COMPILE_TIMEOUT_S = 60
 
 
-def load_library(source: Path, *extra_flags: str) -> ctypes.CDLL | None:
+def load_library(source: Path, *extra_flags: str, exports: bool = False) -> ctypes.CDLL | None:
     """The compiled library, from the cache or made now; None where that is not possible.
 
-    With -fopenmp it runs on the OpenMP runtime that torch has loaded already, so that both share their threads.
+    exports: libraries that are loaded later find its functions by their names.
     """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -33,7 +33,7 @@ def load_library(source: Path, *extra_flags: str) -> ctypes.CDLL | None:
         path = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, flags, source)}.so"
         if not path.exists():
             _compile(compiler, flags, source, path)
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if exports else ctypes.DEFAULT_MODE)
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -11,6 +11,7 @@
 #include "amx_wide.h"
 #include "attention_work.h"
 #include "floats.h"
+#include "pool.h"
 
 static void begin_state(struct state *s, int64_t rows, int64_t vectors) {
     memset(s->out, 0, (size_t)((rows + 15) / 16 * 16 * vectors * LANES) * 4);  // a tile has 16 rows
@@ -159,7 +160,11 @@ static void attend_item(const struct attention *a, const struct work *work, cons
         }
         for (int64_t m = 0; m < q.rows && !partial; m++) write_row(a, &all, m, token_of(a, it, m / heads), head + m % heads);
     }
+#ifdef HAVE_AMX
+    if (a->tiles) _tile_release();
+#endif
 }
+
 // One query of a row with partial results.
 static void join_partials(const struct attention *a, const struct work *work, int64_t row, int64_t query, float *partials) {
     struct state all;
@@ -181,26 +186,24 @@ static void join_partials(const struct attention *a, const struct work *work, in
     }
 }
 
-static void attend_all(const struct attention *a, const struct work *work, float *partials) {
-    int64_t threads = a->num_threads, count = work->num_items * a->num_kv_heads;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < count; i++) {
-            int64_t later = i + threads;  // what this thread will probably do next
-            if (later < count) fetch_first(a, &work->items[later / a->num_kv_heads], later % a->num_kv_heads);
-            attend_item(a, work, &work->items[i / a->num_kv_heads], i % a->num_kv_heads, partials);
-        }
-#ifdef HAVE_AMX
-        if (a->tiles) _tile_release();
-#endif
-        if (work->num_partials) {
-#pragma omp for schedule(static)
-            for (int64_t r = 0; r < a->num_rows; r++)
-                for (int64_t query = 0; query < num_queries(a, r) && work->partials[r] >= 0; query++)
-                    join_partials(a, work, r, query, partials);
-        }
-    }
+struct step {
+    const struct attention *a;
+    const struct work *work;
+    float *partials;
+};
+
+static void attend_one(const void *context, int64_t i, int64_t thread) {
+    const struct step *step = context;
+    const struct item *items = step->work->items;
+    int64_t heads = step->a->num_kv_heads, later = i + step->a->num_threads;  // what this thread will probably do next
+    if (later < step->work->num_items * heads) fetch_first(step->a, &items[later / heads], later % heads);
+    attend_item(step->a, step->work, &items[i / heads], i % heads, step->partials);
+}
+
+static void join_row(const void *context, int64_t r, int64_t thread) {
+    const struct step *step = context;
+    for (int64_t query = 0; query < num_queries(step->a, r) && step->work->partials[r] >= 0; query++)
+        join_partials(step->a, step->work, r, query, step->partials);
 }
 
 // 0, or 1 where memory ran out.
@@ -218,7 +221,9 @@ int paged_attention(const struct attention *arguments) {
         partials = malloc((size_t)(work.num_partials * a->num_q_heads * (a->vectors * LANES + 2)) * 4);
         failed = !partials;
     }
-    if (!failed) attend_all(a, &work, partials);
+    struct step step = {a, &work, partials};
+    if (!failed) kvshard_share_out(attend_one, &step, work.num_items * a->num_kv_heads, a->num_threads);
+    if (!failed && work.num_partials) kvshard_share_out(join_row, &step, a->num_rows, a->num_threads);
     free(work.items);
     free(work.partials);
     free(partials);

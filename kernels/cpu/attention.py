@@ -14,7 +14,7 @@ from .tape import call, empty, no_memory
 from .torch_ops import paged_attention as torch_attention
 
 MAX_HEAD_DIM = 256
-FLAGS = ("-fopenmp", "-ffp-contract=fast")
+FLAGS = ("-ffp-contract=fast",)
 
 
 class _Arguments(ctypes.Structure):

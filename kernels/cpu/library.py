@@ -25,7 +25,9 @@ FORMAT_CODES = {
 @cache
 def load(name: str, *flags: str) -> ctypes.CDLL | None:
     """None, and a notice the first time, where it cannot be compiled: the torch implementations are taken then."""
-    library = load_library(Path(__file__).with_name(name), *flags)
+    folder = Path(__file__).parent
+    pool = load_library(folder / "pool.c", exports=True)  # its threads are for all libraries
+    library = load_library(folder / name, *flags) if pool else None
     if library is None:
         warnings.warn(
             "no C compiler was found (cc, gcc or clang): on CPU attention and other operations run in torch, many times slower",

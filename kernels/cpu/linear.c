@@ -9,13 +9,15 @@
 // just before they are multiplied, for few tokens one product ahead and for many 1 MiB at a time: they are in the cache then,
 // and only codes come from memory.
 
-#include <omp.h>
 #include <stdlib.h>
 
 #include "activation.h"
 #include "linear_dots.h"
 #include "linear_rows.h"
 #include "matrix_unit.h"
+#include "pool.h"
+
+enum { PARTS = 2 };  // of a small product, for each thread
 
 #ifdef HAVE_AMX
 enum {
@@ -177,6 +179,26 @@ static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16
     }
     _tile_release();
 }
+
+// Parts of W that threads take in turn. More than one a thread, so that one that comes late does less.
+struct product {
+    const struct linear *a;
+    const uint16_t *rest;
+    uint16_t *numbers;
+    int64_t numbers_size, chunks, parts;
+};
+
+static void multiply_part(const void *context, int64_t part, int64_t thread) {
+    const struct product *p = context;
+    uint16_t *numbers = p->numbers + thread * p->numbers_size;
+    multiply_chunks(p->a, p->rest, numbers, part_start(p->chunks, part, p->parts), part_start(p->chunks, part + 1, p->parts));
+}
+
+static int64_t parts_of(const struct linear *a, int64_t chunks) {
+    int64_t threads = a->num_threads, kept = threads * kept_chunks(a);
+    if (threads == 1) return 1;
+    return threads * (a->num_tokens > CHUNK ? (chunks + kept - 1) / kept : PARTS);
+}
 #endif
 
 // Whether weights may be packed.
@@ -227,35 +249,43 @@ int linear_packed(const struct linear *a) {
         }
         pack_chunk(rows, a->n - whole * CHUNK, a->k, rest);
     }
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        multiply_chunks(a, rest, room + last + me * numbers, chunks * me / all, chunks * (me + 1) / all);
-    }
+    struct product product = {a, rest, room + last, numbers, chunks, min64(parts_of(a, chunks), chunks)};
+    kvshard_share_out(multiply_part, &product, product.parts, threads);
     free(room);
 #endif
     return 0;
 }
 
+struct plain_product {
+    const struct linear *a;
+    const float *x;
+    uint8_t *room;  // for rows that a thread has widened
+    int64_t padded, row_bytes, room_bytes, parts;
+};
+
+static void multiply_plain_part(const void *context, int64_t part, int64_t thread) {
+    const struct plain_product *p = context;
+    const struct linear *a = p->a;
+    int64_t groups = (a->n + ROWS - 1) / ROWS, first = part_start(groups, part, p->parts) * ROWS;
+    int64_t end = min64(part_start(groups, part + 1, p->parts) * ROWS, a->n);
+    uint8_t *rows = p->room + thread * p->room_bytes;
+    if (!a->codes.bits) dots(a, p->x, p->padded, (const uint8_t *)a->w + first * p->row_bytes, first, end);
+    else for (int64_t row = first; row < end; row += ROWS) {
+        int64_t after = min64(row + ROWS, end);
+        for (int64_t i = row; i < after; i++) widen_row_of(&a->codes, i, 0, a->format, rows + (i - row) * p->row_bytes);
+        dots(a, p->x, p->padded, rows, row, after);
+    }
+}
+
 // Of a plain W. Returns 1 for want of memory.
 int linear_plain(const struct linear *a) {
-    int64_t padded = (a->k + LANES - 1) / LANES * LANES, groups = (a->n + ROWS - 1) / ROWS, threads = a->num_threads;
+    int64_t padded = (a->k + LANES - 1) / LANES * LANES, threads = a->num_threads;
     int64_t row_bytes = a->k * (a->format == FLOAT32 ? 4 : 2), widened = a->codes.bits ? ROWS * row_bytes : 0;
     float *x = malloc((size_t)(a->num_tokens * padded * 4 + threads * widened) + 1);
     if (!x) return 1;
     for (int64_t t = 0; t < a->num_tokens; t++) widen_row(a, t, padded, x + t * padded);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-        int64_t first = groups * me / all * ROWS, end = min64(groups * (me + 1) / all * ROWS, a->n);
-        uint8_t *rows = (uint8_t *)(x + a->num_tokens * padded) + me * widened;
-        if (!a->codes.bits) dots(a, x, padded, (const uint8_t *)a->w + first * row_bytes, first, end);
-        else for (int64_t row = first; row < end; row += ROWS) {
-            int64_t after = min64(row + ROWS, end);
-            for (int64_t i = row; i < after; i++) widen_row_of(&a->codes, i, 0, a->format, rows + (i - row) * row_bytes);
-            dots(a, x, padded, rows, row, after);
-        }
-    }
+    struct plain_product product = {a, x, (uint8_t *)(x + a->num_tokens * padded), padded, row_bytes, widened, threads * PARTS};
+    kvshard_share_out(multiply_plain_part, &product, product.parts, threads);
     free(x);
     return 0;
 }

@@ -5,8 +5,18 @@
 #include <math.h>
 
 #include "activation.h"
+#include "pool.h"
 
-enum { MAX_DIM = 1024, SMALL = 32768 };  // elements of a call that are not worth a second thread
+enum {
+    MAX_DIM = 1024,
+    SMALL = 32768,  // elements of a call that are not worth a second thread, and of a part of a larger one
+};
+
+// Parts of a call that threads take in turn.
+static int64_t parts_of(int64_t tokens, int64_t elements) {
+    int64_t parts = 2 * elements / SMALL;
+    return parts < 2 ? 1 : parts < tokens ? parts : tokens;
+}
 
 // e4m3 nearest to x, |x| <= 448, ties to even.
 static inline uint8_t to_e4m3(float x) {
@@ -99,6 +109,10 @@ struct rotary {
     int64_t q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, num_threads;
     float eps;
 };
+
+static int64_t rotary_elements(const struct rotary *a) {
+    return a->num_tokens * (a->num_q_heads + 2 * a->num_kv_heads) * a->head_dim;
+}
 
 #define T float
 #define NAME(op) float32_##op

@@ -15,14 +15,13 @@ static inline void NAME(write)(T *p, vf v, int64_t n) {
 }
 
 // residual may be null; else residual += x comes first, rounded to T.
-int NAME(rms_norm)(const struct norm *a) {
+static void NAME(norm_part)(const void *context, int64_t part, int64_t thread) {
+    const struct norm *a = context;
     const T *x = a->x, *weight = a->weight;
     T *residual = a->residual, *out = a->out;
-    int64_t tokens = a->num_tokens, hidden = a->hidden, x_stride = a->x_stride, threads = a->num_threads;
-    int64_t residual_stride = a->residual_stride;
+    int64_t hidden = a->hidden, x_stride = a->x_stride, residual_stride = a->residual_stride, parts = parts_of(a->num_tokens, a->num_tokens * hidden);
     float eps = a->eps;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * hidden > SMALL)
-    for (int64_t t = 0; t < tokens; t++) {
+    for (int64_t t = part_start(a->num_tokens, part, parts); t < part_start(a->num_tokens, part + 1, parts); t++) {
         const T *in = x + t * x_stride;
         vf squares = {};
         if (residual) {
@@ -45,6 +44,10 @@ int NAME(rms_norm)(const struct norm *a) {
             NAME(write)(out + t * hidden + c, NAME(read)(in + c, n) * factor * NAME(read)(weight + c, n), n);
         }
     }
+}
+
+int NAME(rms_norm)(const struct norm *a) {
+    kvshard_share_out(NAME(norm_part), a, parts_of(a->num_tokens, a->num_tokens * a->hidden), a->num_threads);
     return 0;
 }
 
@@ -73,10 +76,10 @@ static void NAME(put)(const float *x, int64_t d, T *out) {
     for (int64_t c = 0; c < d; c += LANES) NAME(write)(out + c, load(x + c), d - c);
 }
 
-int NAME(rotary_kv_write)(const struct rotary *a) {
-    int64_t threads = a->num_threads, d = a->head_dim, heads = a->num_q_heads + 2 * a->num_kv_heads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && a->num_tokens * heads * d > SMALL)
-    for (int64_t t = 0; t < a->num_tokens; t++) {
+static void NAME(rotary_part)(const void *context, int64_t part, int64_t thread) {
+    const struct rotary *a = context;
+    int64_t d = a->head_dim, parts = parts_of(a->num_tokens, rotary_elements(a));
+    for (int64_t t = part_start(a->num_tokens, part, parts); t < part_start(a->num_tokens, part + 1, parts); t++) {
         float x[MAX_DIM + LANES];
         const float *cos_sin = a->cos_sin + a->positions[t] * 2 * a->half;
         for (int64_t h = 0; h < a->num_q_heads; h++) {
@@ -100,19 +103,27 @@ int NAME(rotary_kv_write)(const struct rotary *a) {
             }
         }
     }
+}
+
+int NAME(rotary_kv_write)(const struct rotary *a) {
+    kvshard_share_out(NAME(rotary_part), a, parts_of(a->num_tokens, rotary_elements(a)), a->num_threads);
     return 0;
 }
 
-int NAME(gated)(const struct gated *a) {
+static void NAME(gated_part)(const void *context, int64_t part, int64_t thread) {
+    const struct gated *a = context;
     T *out = a->out;
-    int64_t tokens = a->num_tokens, inner = a->inner, threads = a->num_threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens * inner > SMALL)
-    for (int64_t t = 0; t < tokens; t++)
+    int64_t inner = a->inner, parts = parts_of(a->num_tokens, a->num_tokens * inner);
+    for (int64_t t = part_start(a->num_tokens, part, parts); t < part_start(a->num_tokens, part + 1, parts); t++)
         for (int64_t c = 0; c < inner; c += LANES) {
             int64_t n = inner - c;
             const T *in = (const T *)a->gate_up + t * a->stride + c;
             vf gate = NAME(read)(in, n), up = NAME(read)(in + inner, n);
             NAME(write)(out + t * inner + c, gated_of(gate, up, (int)a->gelu), n);
         }
+}
+
+int NAME(gated)(const struct gated *a) {
+    kvshard_share_out(NAME(gated_part), a, parts_of(a->num_tokens, a->num_tokens * a->inner), a->num_threads);
     return 0;
 }

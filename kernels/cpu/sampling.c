@@ -6,12 +6,14 @@
    floating-point sums, comparisons in integers where NaN must have its place. */
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
 #include "noise.h"
+#include "pool.h"
 
-enum { LONG_BLOCK = 2048, RANGE = 16384, BINS = 256, TABLES = 4 };
+enum { LONG_BLOCK = 2048, RANGE = 16384 };
 
 #define NO_KEY INT32_MIN
 #define NAN_KEY INT32_MAX
@@ -28,7 +30,19 @@ static inline int32_t rank_of(float x) {
     return (signed_key(x + 0.0f) & ~is_nan) | (NAN_KEY & is_nan);
 }
 
+/* A (row, range) pair. */
+typedef struct {
+    int64_t row, begin, end;
+} Place;
+
+static inline int64_t ranges_of(int64_t columns) { return (columns + RANGE - 1) / RANGE; }
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline Place place_of(int64_t task, int64_t columns) {
+    int64_t ranges = ranges_of(columns), begin = task % ranges * RANGE;
+    return (Place){task / ranges, begin, smaller(begin + RANGE, columns)};
+}
 
 /* ---------------------------------------------------------------------------------------------- largest score */
 
@@ -102,25 +116,35 @@ static Best best_of_logits(const float *logits, int64_t begin, int64_t end, floa
     return found;
 }
 
+typedef struct {
+    const float *logits, *temperature, *cut;
+    const int64_t *seeds, *places;
+    const uint8_t *sampled;
+    int64_t stride, columns, first_token;
+    _Atomic int64_t *packed; /* the score above, the column below, the lowest one largest */
+} Argmax;
+
+static void argmax_of_range(const void *context, int64_t task, int64_t thread) {
+    const Argmax *a = context;
+    Place at = place_of(task, a->columns);
+    int64_t row = at.row;
+    const float *x = a->logits + row * a->stride;
+    Best found = a->sampled ? best_of_logits(x, at.begin, at.end, a->temperature[row], a->cut[row], a->sampled[row],
+                                             (uint64_t)a->seeds[row], (uint64_t)a->places[row], a->first_token)
+                            : best_of_scores(x, at.begin, at.end);
+    int64_t packed = (int64_t)rank_of(found.best) * (1LL << 32) + (UINT32_MAX - found.column);
+    for (int64_t so_far = a->packed[row]; packed > so_far;)
+        if (atomic_compare_exchange_weak(&a->packed[row], &so_far, packed)) break;
+}
+
 /* sampled == NULL: row_argmax; the other vectors are not read then. */
 void sampling_argmax(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *temperature,
                      const float *cut, const int64_t *seeds, const int64_t *places, const uint8_t *sampled,
                      int64_t first_token, float *best, int64_t *column, int threads) {
-    int64_t ranges = (columns + RANGE - 1) / RANGE;
+    Argmax argmax = {logits, temperature, cut, seeds, places, sampled, stride, columns, first_token,
+                     (_Atomic int64_t *)column};
     for (int64_t row = 0; row < rows; row++) column[row] = INT64_MIN;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t task = 0; task < rows * ranges; task++) {
-        int64_t row = task / ranges, begin = task % ranges * RANGE;
-        int64_t end = smaller(begin + RANGE, columns);
-        const float *x = logits + row * stride;
-        Best found = sampled ? best_of_logits(x, begin, end, temperature[row], cut[row], sampled[row],
-                                              (uint64_t)seeds[row], (uint64_t)places[row], first_token)
-                             : best_of_scores(x, begin, end);
-        /* The score above, the column below, the lowest one largest. */
-        int64_t packed = (int64_t)rank_of(found.best) * (1LL << 32) + (UINT32_MAX - found.column);
-#pragma omp critical(kvshard_sampling_argmax)
-        column[row] = packed > column[row] ? packed : column[row];
-    }
+    kvshard_share_out(argmax_of_range, &argmax, rows * ranges_of(columns), threads);
     for (int64_t row = 0; row < rows; row++) {
         int32_t key = (int32_t)(column[row] >> 32);
         best[row] = float_of(key ^ ((key >> 31) & INT32_MAX));
@@ -151,113 +175,34 @@ static inline float fixed_point_mass(float difference) {
     return mass < 0x1p23f ? (mass + 0x1p23f) - 0x1p23f : mass;
 }
 
+typedef struct {
+    const float *logits, *max_logits;
+    int64_t stride, columns;
+    _Atomic int64_t *mass;
+} Mass;
+
+static void mass_of_range(const void *context, int64_t task, int64_t thread) {
+    const Mass *a = context;
+    Place at = place_of(task, a->columns);
+    float max_logit = a->max_logits[at.row], masses[BLOCK];
+    int64_t total = 0;
+    for (int64_t column = at.begin; column < at.end; column += BLOCK) {
+        const float *x = a->logits + at.row * a->stride + column;
+        int n = (int)smaller(BLOCK, at.end - column);
+        for (int i = 0; i < n; i++) masses[i] = fixed_point_mass(x[i] - max_logit);
+        for (int i = 0; i < n; i++) total += (int64_t)masses[i];
+    }
+    a->mass[at.row] += total;
+}
+
 void sampling_mass(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *max_logits,
                    int64_t *mass, int threads) {
-    int64_t ranges = (columns + RANGE - 1) / RANGE;
+    Mass sums = {logits, max_logits, stride, columns, (_Atomic int64_t *)mass};
     memset(mass, 0, sizeof *mass * (size_t)rows);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t task = 0; task < rows * ranges; task++) {
-        int64_t row = task / ranges, begin = task % ranges * RANGE;
-        int64_t end = smaller(begin + RANGE, columns), total = 0;
-        float max_logit = max_logits[row], masses[BLOCK];
-        for (int64_t column = begin; column < end; column += BLOCK) {
-            const float *x = logits + row * stride + column;
-            int n = (int)smaller(BLOCK, end - column);
-            for (int i = 0; i < n; i++) masses[i] = fixed_point_mass(x[i] - max_logit);
-            for (int i = 0; i < n; i++) total += (int64_t)masses[i];
-        }
-#pragma omp atomic
-        mass[row] += total;
-    }
+    kvshard_share_out(mass_of_range, &sums, rows * ranges_of(columns), threads);
 }
 
-/* ---------------------------------------------------------------------------------------------- radix select */
-
-typedef struct {
-    float temperature, cut, max_logit;
-    int counts; /* every entry weighs 1 and the others are not read */
-    int64_t prefix;
-    int shift;
-} Round;
-
-/* A byte and a weight for each entry that takes part; returns how many do. */
-static int chosen_entries(const float *logits, int n, const Round *r, uint8_t *bytes, float *weights) {
-    uint32_t keys[BLOCK];
-    float x[BLOCK];
-    int32_t taken[BLOCK], first = r->shift == 24, num_taken = 0, m = 0;
-    uint32_t prefix = (uint32_t)r->prefix, above = first ? 0 : (uint32_t)r->shift + 8;
-    for (int i = 0; i < n; i++) {
-        keys[i] = (uint32_t)signed_key(logits[i]) ^ 0x80000000u;
-        taken[i] = first | (keys[i] >> above == prefix);
-        num_taken += taken[i];
-        x[i] = logits[i];
-    }
-    if (num_taken == 0) return 0;
-    if (!r->counts) {
-        num_taken = 0;
-        for (int i = 0; i < n; i++) {
-            x[i] = x[i] / r->temperature;
-            taken[i] &= x[i] >= r->cut;
-            num_taken += taken[i];
-        }
-        if (num_taken == 0) return 0;
-    }
-    for (int i = 0; i < n; i++) bytes[i] = (uint8_t)(keys[i] >> r->shift);
-    /* Closed up without branches: which entries take part is not to be guessed. */
-    if (num_taken < n)
-        for (int i = 0; i < n; i++) {
-            bytes[m] = bytes[i];
-            x[m] = x[i];
-            m += taken[i];
-        }
-    else
-        m = n;
-    if (!r->counts)
-        for (int i = 0; i < m; i++) weights[i] = fixed_point_mass(x[i] - r->max_logit);
-    return m;
-}
-
-static void histogram_of_range(const float *logits, int64_t columns, const Round *r, int64_t *histogram) {
-    /* Several tables, so that entries of one bin need not wait for each other. */
-    int64_t tables[TABLES][BINS] = {{0}};
-    uint8_t bytes[BLOCK];
-    float weights[BLOCK];
-    for (int64_t column = 0; column < columns; column += BLOCK) {
-        int m = chosen_entries(logits + column, (int)smaller(BLOCK, columns - column), r, bytes, weights);
-        if (r->counts)
-            for (int i = 0; i < m; i++) tables[i % TABLES][bytes[i]]++;
-        else
-            for (int i = 0; i < m; i++) tables[i % TABLES][bytes[i]] += (int64_t)weights[i];
-    }
-    for (int bin = 0; bin < BINS; bin++) {
-        int64_t sum = 0;
-        for (int table = 0; table < TABLES; table++) sum += tables[table][bin];
-        if (sum == 0) continue;
-#pragma omp atomic
-        histogram[bin] += sum;
-    }
-}
-
-/* temperature == NULL: count_histogram; cut and max_logits are not read then. */
-void sampling_histogram(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *temperature,
-                        const float *cut, const float *max_logits, const int64_t *prefix, int shift,
-                        int64_t *histogram, int threads) {
-    int64_t ranges = (columns + RANGE - 1) / RANGE;
-    memset(histogram, 0, sizeof *histogram * BINS * (size_t)rows);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t task = 0; task < rows * ranges; task++) {
-        int64_t row = task / ranges, begin = task % ranges * RANGE;
-        if (prefix[row] >> (24 - shift)) continue; /* negative or too large: no key begins like this */
-        Round round = {1.0f, 0.0f, 0.0f, temperature == NULL, prefix[row], shift};
-        if (temperature != NULL) {
-            round.temperature = temperature[row];
-            round.cut = cut[row];
-            round.max_logit = max_logits[row];
-        }
-        histogram_of_range(logits + row * stride + begin, smaller(RANGE, columns - begin), &round,
-                           histogram + row * BINS);
-    }
-}
+#include "radix_select.h"
 
 /* ---------------------------------------------------------------------------------------------- for tests */
 

@@ -104,7 +104,8 @@ class Worker:
         if plan.targets is not None:
             pending.fetch_prompt(self._prompt_logprobs(hidden, plan.targets))
         if len(inputs.sample_slots):
-            logits = self.decoder.logits(hidden[inputs.sample_tokens])
+            all_sample = len(inputs.sample_slots) == len(hidden)  # each token is its row's last
+            logits = self.decoder.logits(hidden if all_sample else hidden[inputs.sample_tokens])
             token_ids, logprobs = self._sampler.sample(logits, inputs.sample_slots, inputs.sample_positions)
             self.slots.store_sampled(inputs.sample_slots, token_ids)
             pending.fetch(token_ids, logprobs)

@@ -10,7 +10,6 @@ from kvshard.kernels import reference
 from kvshard.kernels.cache import KVLayer
 from kvshard.kernels.cpu import attention as cpu_attention
 from kvshard.kernels.metadata import AttentionMetadata
-from kvshard.kernels.native import load_library
 
 SHAPES = {
     "decode at block edges": {"query_lens": (1, 1, 1, 1), "context_lens": (1, 15, 16, 17)},
@@ -184,9 +183,7 @@ def test_nan_of_one_row_stays_there(backend, attention_case, format):
 @pytest.mark.parametrize("format", ["auto", "int8", "fp8", "int4"])
 def test_cpu_without_a_matrix_unit(attention_case, monkeypatch, format):
     """What processors without AMX run, bfloat16 in float32 vectors, also where there is one."""
-    library = load_library(
-        Path(cpu_attention.__file__).with_name("attention.c"), *cpu_attention.FLAGS, "-mno-amx-bf16"
-    )
+    library = cpu_attention.load("attention.c", *cpu_attention.FLAGS, "-mno-amx-bf16")
     if library is None:
         pytest.skip("no compiler that knows -mno-amx-bf16")
     monkeypatch.setattr(cpu_attention, "load", lambda *_: library)

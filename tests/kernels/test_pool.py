@@ -1,0 +1,159 @@
+"""The threads that kernels/cpu shares its work out to: each task once, whoever sleeps, forks or calls."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import kvshard.kernels.cpu
+from kvshard.kernels.native import load_library
+
+FOLDER = Path(kvshard.kernels.cpu.__file__).parent
+DEADLINE_S = 60
+_TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+@pytest.fixture(scope="module")
+def share_out() -> Callable[[Callable[[int, int], None], int, int], None]:
+    """share_out(task, count, threads), of tasks that are told their number and their thread's."""
+    pool = load_library(FOLDER / "pool.c", exports=True)
+    if pool is None:
+        pytest.skip("no compiler")
+
+    def call(task: Callable[[int, int], None], count: int, threads: int) -> None:
+        pool.kvshard_share_out(
+            _TASK(lambda _, i, thread: task(i, thread)), None, ctypes.c_int64(count), ctypes.c_int64(threads)
+        )
+
+    return call
+
+
+def asleep(thread_id: int) -> bool:
+    stat = Path(f"/proc/self/task/{thread_id}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "S"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "never came true"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 65_535, 65_536, 70_000])
+def test_each_task_is_done_once(share_out, count, threads):
+    done: Counter[int] = Counter()
+    share_out(lambda i, _: done.update((i,)), count, threads)
+    assert done == Counter(range(count))
+
+
+def test_a_helper_that_sleeps_is_woken_and_one_too_many_is_not_asked(share_out):
+    helpers: dict[int, int] = {}
+
+    def meet(count: int) -> None:
+        barrier = threading.Barrier(count)
+
+        def task(_: int, thread: int) -> None:
+            helpers[thread] = threading.get_native_id()
+            barrier.wait(DEADLINE_S)
+
+        share_out(task, count, count)
+
+    meet(4)
+    assert sorted(helpers) == [0, 1, 2, 3]
+    for _ in range(3):
+        wait_until(lambda: all(asleep(helpers[thread]) for thread in (1, 2, 3)))
+        before = dict(helpers)
+        helpers.clear()
+        meet(2)  # only if both are at work at once
+        assert helpers == {0: before[0], 1: before[1]}
+        helpers.update(before)
+
+
+def test_a_caller_sleeps_until_the_last_task_ends(share_out):
+    caller = threading.get_native_id()
+    begun = threading.Barrier(2)
+
+    def task(_: int, thread: int) -> None:
+        begun.wait(DEADLINE_S)
+        if thread:
+            wait_until(lambda: asleep(caller))
+
+    share_out(task, 2, 2)
+
+
+def test_a_task_may_share_out_and_so_may_two_callers(share_out):
+    done: Counter[int] = Counter()
+
+    def outer(i: int, _: int) -> None:
+        share_out(lambda j, _: done.update(((i, j),)), 3, 2)
+
+    callers = [threading.Thread(target=share_out, args=(outer, 20, 2)) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(DEADLINE_S)
+    assert done == {(i, j): 2 for i in range(20) for j in range(3)}
+
+
+def test_a_forked_process_has_helpers_of_its_own(share_out):
+    barrier = threading.Barrier(2)
+    share_out(lambda *_: barrier.wait(DEADLINE_S), 2, 2)
+
+    def child() -> None:
+        barrier = threading.Barrier(2)
+        share_out(lambda *_: barrier.wait(DEADLINE_S), 2, 2)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(DEADLINE_S)
+    assert process.exitcode == 0
+
+
+STRESS = """
+#include <stdatomic.h>
+#include <stdlib.h>
+#include "pool.h"
+struct job { _Atomic int64_t done[16]; int64_t call; _Atomic int64_t wrong; };
+static _Atomic int64_t current;
+static void task(const void *context, int64_t i, int64_t thread) {
+    struct job *job = (struct job *)context;
+    if (job->call != atomic_load(&current)) atomic_fetch_add(&job->wrong, 1);
+    atomic_fetch_add(&job->done[i], 1);
+}
+int64_t stress(int64_t calls, int64_t threads) {
+    static struct job jobs[2];
+    int64_t wrong = 0;
+    for (int64_t call = 1; call <= calls; call++) {
+        struct job *job = &jobs[call % 2];
+        int64_t count = call * 7 % 16 + 1;
+        for (int i = 0; i < 16; i++) job->done[i] = 0;
+        job->call = call;
+        atomic_store(&current, call);
+        kvshard_share_out(task, job, count, call % threads + 1);
+        for (int i = 0; i < 16; i++) wrong += job->done[i] != (i < count);
+        wrong += job->wrong;
+    }
+    return wrong;
+}
+"""
+
+
+def test_thousands_of_short_calls(share_out, tmp_path):
+    source, library = tmp_path / "stress.c", tmp_path / "stress.so"
+    source.write_text(STRESS)
+    command = ["cc", "-std=gnu11", "-O2", "-fPIC", "-shared", "-w", f"-I{FOLDER}", str(source), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=60)
+    stress = ctypes.CDLL(str(library)).stress
+    stress.restype = ctypes.c_int64
+    assert stress(ctypes.c_int64(20_000), ctypes.c_int64(6)) == 0
