@@ -1,8 +1,8 @@
 """Who owns which part of a model: pure integers, the same on every rank.
 
-The unit is the head. Up to `num_kv_heads` ranks, whole KV groups (a KV head with its query heads) are dealt;
-beyond that query heads are dealt, and a KV head lives on every rank that holds one of its query heads. MLP
-columns and vocabulary rows then even out the bytes that each rank reads per decode step.
+The unit is the head. Whole KV groups (a KV head with its query heads) are dealt where that is fair; else query heads
+are, and a KV head lives on every rank that holds one of its query heads. MLP columns and vocabulary rows then even
+out the bytes that each rank reads per decode step.
 """
 
 import math
@@ -98,14 +98,8 @@ class ShardMap:
             raise ValueError(f"tensor_parallel_size={world_size} is more than vocab_size={dims.vocab_size}")
         shares = _checked_weights(weights, world_size)
 
-        if world_size <= dims.num_kv_heads:
-            groups = _deal(dims.num_kv_heads, _at_least_one(dims.num_kv_heads, shares))
-            q_heads = [range(run.start * dims.group_size, run.stop * dims.group_size) for run in groups]
-        else:
-            q_heads = _deal(dims.num_q_heads, _at_least_one(dims.num_q_heads, shares))
-        kv_heads = [
-            range(run.start // dims.group_size, (run.stop - 1) // dims.group_size + 1) for run in q_heads
-        ]
+        q_heads = _deal_heads(dims, shares)
+        kv_heads = [_kv_heads(dims, run) for run in q_heads]
 
         loads = [
             Fraction(_attention_elements(dims, len(q), len(kv)))
@@ -209,6 +203,32 @@ def _checked_weights(weights: Sequence[float] | None, world_size: int) -> list[F
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"shard_weights[{index}]={weight} must be a finite number above 0")
     return [Fraction(weight) for weight in weights]
+
+
+def _kv_heads(dims: ModelDims, q_heads: range) -> range:
+    """Those that these query heads read."""
+    return range(q_heads.start // dims.group_size, (q_heads.stop - 1) // dims.group_size + 1)
+
+
+def _deal_heads(dims: ModelDims, weights: list[Fraction]) -> list[range]:
+    """Each rank's query heads: whole KV groups, unless there are more ranks than groups, or unless parts of groups make
+    the busiest rank's share of query heads smaller and the fullest rank's share of KV heads no larger.
+
+    Ranks wait for each other after every attention, so the busiest one's heads are what a layer takes.
+    """
+    heads = _deal(dims.num_q_heads, _at_least_one(dims.num_q_heads, weights))
+    if len(weights) > dims.num_kv_heads:
+        return heads
+    groups = _deal(dims.num_kv_heads, _at_least_one(dims.num_kv_heads, weights))
+    whole = [range(run.start * dims.group_size, run.stop * dims.group_size) for run in groups]
+
+    def most(runs: list[range]) -> Fraction:
+        return max(len(run) / weight for run, weight in zip(runs, weights, strict=True))
+
+    def most_kv(runs: list[range]) -> Fraction:
+        return most([_kv_heads(dims, run) for run in runs])
+
+    return heads if most(heads) < most(whole) and most_kv(heads) <= most_kv(whole) else whole
 
 
 def _attention_elements(dims: ModelDims, num_q_heads: int, num_kv_heads: int) -> int:

@@ -50,13 +50,36 @@ def covers(runs: list[range], count: int) -> bool:
     return [index for run in runs for index in run] == list(range(count))
 
 
-def test_demo_model_on_two_ranks_deals_two_groups_and_one() -> None:
+def split(shard_map: ShardMap) -> bool:
+    """Whether a KV head lives on several ranks."""
+    return any(len(shard_map.owners(kv_head)) > 1 for kv_head in range(shard_map.dims.num_kv_heads))
+
+
+def test_demo_model_on_two_ranks_splits_the_middle_group() -> None:
     shard_map = ShardMap.build(DEMO, 2)
     first, second = shard_map.shards
-    assert (first.q_heads, first.kv_heads, first.q_per_kv) == (range(6), range(2), (3, 3))
-    assert (second.q_heads, second.kv_heads, second.q_per_kv) == (range(6, 9), range(2, 3), (3,))
+    assert (first.q_heads, first.kv_heads, first.q_per_kv) == (range(5), range(2), (3, 2))
+    assert (second.q_heads, second.kv_heads, second.q_per_kv) == (range(5, 9), range(1, 3), (1, 3))
     assert len(second.mlp_columns) > len(first.mlp_columns), "the rank with fewer heads takes more columns"
     assert shard_map.kv_bytes_per_token(0, 64 * 4) == 2 * 30 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("world_size", "weights", "heads", "kv_heads"),
+    [
+        (2, None, [16, 16], [4, 4]),
+        (3, None, [12, 8, 12], [3, 2, 3]),  # parts of groups would be 11, 10 and 11 of 3, 4 and 3 KV heads
+        (6, None, [5, 6, 5, 5, 6, 5], [2, 2, 2, 2, 2, 2]),  # whole groups would be of 8 or 4 heads
+        (2, [3.0, 1.0], [24, 8], [6, 2]),
+        (2, [2.0, 1.0], [21, 11], [6, 3]),  # 12 on the slower one otherwise
+    ],
+)
+def test_groups_are_split_where_that_is_fairer_and_takes_no_more_cache(
+    world_size: int, weights: list[float] | None, heads: list[int], kv_heads: list[int]
+) -> None:
+    shards = ShardMap.build(ModelDims(4096, 32, 32, 8, 128, 14336, 128256, False), world_size, weights).shards
+    assert [len(shard.q_heads) for shard in shards] == heads
+    assert [len(shard.kv_heads) for shard in shards] == kv_heads
 
 
 def test_more_ranks_than_kv_heads_replicates_them() -> None:
@@ -107,10 +130,8 @@ def test_every_part_is_dealt_exactly_once(case: tuple[ShardMap, list[float]]) ->
         assert sum(shard.q_per_kv) == len(shard.q_heads)
         assert all(shard.q_per_kv)
         assert shard.mlp_columns.start % MLP_UNIT == 0
-    if shard_map.world_size <= dims.num_kv_heads:
-        assert covers([shard.kv_heads for shard in shards], dims.num_kv_heads), (
-            "whole groups are not replicated"
-        )
+    if not split(shard_map):
+        assert covers([shard.kv_heads for shard in shards], dims.num_kv_heads)
     for kv_head in range(dims.num_kv_heads):
         assert shard_map.owners(kv_head) == tuple(s.rank for s in shards if kv_head in s.kv_heads) != ()
 
@@ -119,14 +140,22 @@ def test_every_part_is_dealt_exactly_once(case: tuple[ShardMap, list[float]]) ->
 def test_head_counts_are_within_one_of_fair(case: tuple[ShardMap, list[float]]) -> None:
     shard_map, weights = case
     dims = shard_map.dims
-    groups = shard_map.world_size <= dims.num_kv_heads
-    counts = [len(shard.kv_heads if groups else shard.q_heads) for shard in shard_map.shards]
+    counts = [len(shard.q_heads if split(shard_map) else shard.kv_heads) for shard in shard_map.shards]
     weight_sum = sum(Fraction(weight) for weight in weights)
     fair = [Fraction(weight) / weight_sum * sum(counts) for weight in weights]
     # Where some rank's fair share is under one head it still gets one, at the expense of the others.
     bumped = sum(max(Fraction(0), 1 - share) for share in fair)
     for count, share in zip(counts, fair, strict=True):
         assert share - bumped - 1 <= count <= max(Fraction(1), share + 1)
+
+
+@given(dims_of_any_size(), st.data())
+def test_no_rank_has_more_heads_of_a_kind_than_with_whole_groups(dims: ModelDims, data: st.DataObject) -> None:
+    world_size = data.draw(st.integers(1, dims.num_kv_heads))
+    shards = ShardMap.build(dims, world_size).shards
+    groups = -(-dims.num_kv_heads // world_size)
+    assert max(len(shard.kv_heads) for shard in shards) <= groups
+    assert max(len(shard.q_heads) for shard in shards) <= groups * dims.group_size
 
 
 @given(weighted_maps())
