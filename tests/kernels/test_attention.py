@@ -1,6 +1,5 @@
 """Paged attention of each back end against the definition, on shapes chosen to be awkward."""
 
-from pathlib import Path
 
 import pytest
 import torch

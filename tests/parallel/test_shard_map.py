@@ -139,7 +139,6 @@ def test_every_part_is_dealt_exactly_once(case: tuple[ShardMap, list[float]]) ->
 @given(weighted_maps())
 def test_head_counts_are_within_one_of_fair(case: tuple[ShardMap, list[float]]) -> None:
     shard_map, weights = case
-    dims = shard_map.dims
     counts = [len(shard.q_heads if split(shard_map) else shard.kv_heads) for shard in shard_map.shards]
     weight_sum = sum(Fraction(weight) for weight in weights)
     fair = [Fraction(weight) / weight_sum * sum(counts) for weight in weights]
