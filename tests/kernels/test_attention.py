@@ -1,6 +1,5 @@
 """Paged attention of each back end against the definition, on shapes chosen to be awkward."""
 
-
 import pytest
 import torch
 from tolerances import assert_within

@@ -63,7 +63,16 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
 )
 def test_every_source_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
     """A source that does not compile would only be slow, as there is torch in its place."""
-    flags = ["-std=gnu11", "-O1", "-march=native", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused-parameter"]
+    flags = [
+        "-std=gnu11",
+        "-O1",
+        "-march=native",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-psabi",
+        "-Wno-unused-parameter",
+    ]
     command = ["cc", *flags, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "out.so"), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -152,7 +152,18 @@ int64_t stress(int64_t calls, int64_t threads) {
 def test_thousands_of_short_calls(share_out, tmp_path):
     source, library = tmp_path / "stress.c", tmp_path / "stress.so"
     source.write_text(STRESS)
-    command = ["cc", "-std=gnu11", "-O2", "-fPIC", "-shared", "-w", f"-I{FOLDER}", str(source), "-o", str(library)]
+    command = [
+        "cc",
+        "-std=gnu11",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-w",
+        f"-I{FOLDER}",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True, timeout=60)
     stress = ctypes.CDLL(str(library)).stress
     stress.restype = ctypes.c_int64

@@ -149,7 +149,9 @@ def test_head_counts_are_within_one_of_fair(case: tuple[ShardMap, list[float]]) 
 
 
 @given(dims_of_any_size(), st.data())
-def test_no_rank_has_more_heads_of_a_kind_than_with_whole_groups(dims: ModelDims, data: st.DataObject) -> None:
+def test_no_rank_has_more_heads_of_a_kind_than_with_whole_groups(
+    dims: ModelDims, data: st.DataObject
+) -> None:
     world_size = data.draw(st.integers(1, dims.num_kv_heads))
     shards = ShardMap.build(dims, world_size).shards
     groups = -(-dims.num_kv_heads // world_size)
