@@ -18,6 +18,8 @@ from .weight_formats import BLOCK, BlockFormat
 
 # Stored bytes read at a time: bounds the host memory above the destination. What 4-bit blocks become is eight times as much.
 CHUNK_BYTES = 256 << 10
+# What the system keeps of a file in one piece, and maps as a whole where one byte of it is touched: at most a large page.
+FOLIO_BYTES = 2 << 20
 
 
 class Checkpoint:
@@ -127,10 +129,12 @@ class Checkpoint:
         )
 
     def _let_go(self, info: TensorInfo, rows: range) -> None:
-        """Take the pages that hold these rows out of this process's memory; the system may keep them."""
+        """Take the pages that reading these rows has mapped out of this process's memory; the system may keep them."""
         begin, end = (info.offset + row * info.row_bytes for row in (rows.start, rows.stop))
-        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, end - first)
+        first = begin // FOLIO_BYTES * FOLIO_BYTES
+        mapped = self._maps[info.file]
+        last = min(-(-end // FOLIO_BYTES) * FOLIO_BYTES, len(mapped))
+        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
