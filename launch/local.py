@@ -11,6 +11,8 @@ from ..runtime.errors import ConfigError
 from ..runtime.messages import ShardJob
 from .nursery import LENGTH
 
+END_S = 5.0  # for the nursery to kill what is left and end
+
 
 class LocalLauncher:
     """Shard processes on this host."""
@@ -62,7 +64,11 @@ class LocalLauncher:
         self._reader.join(timeout_s)
         assert self._nursery.stdin is not None, "stdin is a pipe"
         self._nursery.stdin.close()  # the nursery kills what is left
-        self._nursery.wait()
+        try:
+            self._nursery.wait(END_S)
+        except subprocess.TimeoutExpired:  # stopped, or it hangs in an import
+            os.killpg(self._nursery.pid, signal.SIGKILL)  # shards are in its group
+            self._nursery.wait()
         self._reader.join()
         self._nursery = None
 

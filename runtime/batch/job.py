@@ -174,23 +174,24 @@ class _Feeder:
         self._rows = rows
         self._done = done
         self._make_request = make_request
-        self._items: queue.Queue[_Item] = queue.Queue(max_ahead)
+        self._items: queue.Queue[_Item | None] = queue.Queue(max_ahead)  # None: there are no more
         self._error: BaseException | None = None
+        self._ended = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="row-feeder", daemon=True)
 
     @property
     def exhausted(self) -> bool:
         """True when every row was handed out. Raises what reading the rows raised."""
-        # The thread first: what it did before its end is then seen below.
-        if self._thread.is_alive() or not self._items.empty():
+        # The event first: what was done before it is then seen below.
+        if not self._ended.is_set() or not self._items.empty():
             return False
         if self._error is not None:
             raise self._error
         return True
 
     def get(self, timeout_s: float) -> _Item | None:
-        """The next row, or None when none is ready in time."""
+        """The next row, or None when none is ready in time, or there are no more."""
         try:
             return self._items.get(block=timeout_s > 0, timeout=timeout_s)
         except queue.Empty:
@@ -215,6 +216,8 @@ class _Feeder:
                     return
         except BaseException as error:  # noqa: BLE001 - raised again by `exhausted`, in the job's thread
             self._error = error
+        self._ended.set()
+        self._put(None)  # wakes who waits for a row
 
     def _prepare(self, row: Row | BadRow) -> _Item:
         if isinstance(row, BadRow):
@@ -224,7 +227,7 @@ class _Feeder:
         except RequestError as error:
             return _Failure(row.row_id, "invalid_request", str(error))
 
-    def _put(self, item: _Item) -> bool:
+    def _put(self, item: _Item | None) -> bool:
         while not self._closing.is_set():
             try:
                 self._items.put(item, timeout=POLL_S)

@@ -18,6 +18,8 @@ from .weight_formats import BLOCK, BlockFormat
 
 # Stored bytes read at a time: bounds the host memory above the destination. What 4-bit blocks become is eight times as much.
 CHUNK_BYTES = 256 << 10
+# What the system keeps of a file in one piece, and maps as a whole where one byte of it is touched: at most a large page.
+FOLIO_BYTES = 2 << 20
 
 
 class Checkpoint:
@@ -59,16 +61,8 @@ class Checkpoint:
 
         Rows of a tensor with `permuted_head_dim` can only be read by whole heads.
         """
-        info = self.index.tensors[name]
-        wanted = range(info.shape[axis]) if indices is None else indices
-        assert 0 <= wanted.start <= wanted.stop <= info.shape[axis], f"{name}: {wanted}"
         out_rows = out.unsqueeze(1) if out.dim() == 1 else out  # a vector is a matrix of one column
-        num_columns = info.shape[1] if len(info.shape) == 2 else 1
-        rows = wanted if axis == 0 else range(info.num_rows)
-        columns = range(num_columns) if axis == 0 else wanted
-        assert out_rows.shape == (len(rows), len(columns)), f"{name}: {tuple(out.shape)} for {wanted}"
-        if not (rows and columns):
-            return
+        info, rows, columns = self._slice(out_rows.shape, name, axis, indices)
         for place, data in self._chunks(info, rows, columns):
             out_rows[place].copy_(_unpermuted(_numbers(data, info, columns), info))
 
@@ -79,14 +73,8 @@ class Checkpoint:
 
         Blocks that the file has in this format are taken as they are, others are made of the tensor's numbers.
         """
-        info = self.index.tensors[name]
-        wanted = range(info.shape[axis]) if indices is None else indices
-        rows, columns = (wanted, range(info.shape[1])) if axis == 0 else (range(info.num_rows), wanted)
-        assert 0 <= wanted.start <= wanted.stop <= info.shape[axis], f"{name}: {wanted}"
-        assert out.shape == (len(rows), len(columns)), f"{name}: {tuple(out.shape)} for {wanted}"
+        info, rows, columns = self._slice(out.shape, name, axis, indices)
         assert columns.start % BLOCK == len(columns) % BLOCK == 0, f"{name}: {columns} cuts a block"
-        if not (rows and columns):
-            return
         for place, data in self._chunks(info, rows, columns):
             parts = (
                 taken(data, format) if info.dtype == format else made(_numbers(data, info, columns), format)
@@ -94,11 +82,26 @@ class Checkpoint:
             for target, part in zip(out.tensors, parts, strict=True):
                 target[place].copy_(_unpermuted(part, info))
 
+    def _slice(
+        self, shape: torch.Size, name: str, axis: int, indices: range | None
+    ) -> tuple[TensorInfo, range, range]:
+        """A tensor's record, and the rows and columns that `indices` of one axis mean: a matrix of this shape."""
+        info = self.index.tensors[name]
+        wanted = range(info.shape[axis]) if indices is None else indices
+        assert 0 <= wanted.start <= wanted.stop <= info.shape[axis], f"{name}: {wanted}"
+        num_columns = info.shape[1] if len(info.shape) == 2 else 1
+        rows = wanted if axis == 0 else range(info.num_rows)
+        columns = range(num_columns) if axis == 0 else wanted
+        assert shape == (len(rows), len(columns)), f"{name}: {tuple(shape)} for {wanted}"
+        return info, rows, columns
+
     def _chunks(self, info: TensorInfo, rows: range, columns: range) -> Iterator[tuple[slice, Bytes]]:
         """Where in `rows` a chunk lies, and the stored bytes of its columns' blocks, [rows in chunk, bytes], in order.
 
         Each holds at most CHUNK_BYTES, or one head where that is more.
         """
+        if not (rows and columns):
+            return
         block, block_bytes = STORED_TYPES[info.dtype]
         first_block, last_block = columns.start // block, -(-columns.stop // block)
         head_dim = info.permuted_head_dim or 1
@@ -127,10 +130,12 @@ class Checkpoint:
         )
 
     def _let_go(self, info: TensorInfo, rows: range) -> None:
-        """Take the pages that hold these rows out of this process's memory; the system may keep them."""
+        """Take the pages that reading these rows has mapped out of this process's memory; the system may keep them."""
         begin, end = (info.offset + row * info.row_bytes for row in (rows.start, rows.stop))
-        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        self._maps[info.file].madvise(mmap.MADV_DONTNEED, first, end - first)
+        first = begin // FOLIO_BYTES * FOLIO_BYTES
+        mapped = self._maps[info.file]
+        last = min(-(-end // FOLIO_BYTES) * FOLIO_BYTES, len(mapped))
+        mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

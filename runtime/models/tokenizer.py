@@ -45,9 +45,10 @@ def load_tokenizer(model_path: Path, override: str | None, cache: Path) -> PreTr
 
 def byte_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, int]:
     """Token id to byte of the tokens that stand for single bytes, as sentencepiece has them: <0x00> to <0xFF>."""
-    vocab = tokenizer.get_vocab()
-    names = ((byte, f"<0x{byte:02X}>") for byte in range(256))
-    return {vocab[name]: byte for byte, name in names if name in vocab}
+    # Not its get_vocab(), megabytes of strings and numbers whose room Python keeps.
+    token_id = tokenizer.backend_tokenizer.token_to_id
+    ids = ((token_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+    return {id: byte for id, byte in ids if id is not None}
 
 
 def _from_gguf(path: Path, cache: Path) -> PreTrainedTokenizerFast:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from running_job import make_tiny_model
 
+from kvshard.launch import local
 from kvshard.launch.engine import Engine
 from kvshard.launch.local import LocalLauncher, describe_status
 from kvshard.runtime.config import JobConfig, parse_config
@@ -108,6 +109,28 @@ def test_a_shard_that_dies_is_described(model: Path) -> None:
         assert [health.rank for health in engine.executor.health()] == [0]
         launcher.close(0.0)
         assert "killed by SIGKILL" in launcher.dead()[1]
+
+
+def test_a_nursery_that_does_not_end_is_killed_with_its_shards(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, it reads as little as one that hangs in a file system. Its shards have not been told to end."""
+    monkeypatch.setattr(local, "END_S", 0.1)
+    launcher = LocalLauncher(2)
+    with Engine.start(config_for(model, 2), launcher=launcher) as engine:
+        shards = [psutil.Process(shard.pid) for shard in engine.shards]
+        nursery = shards[0].parent()
+        assert nursery is not None, "it runs"
+        nursery.suspend()
+        try:
+            launcher.close(0.0)
+            _, left = psutil.wait_procs(shards, 10.0)
+            assert left == []
+            assert set(launcher.dead()) == {0, 1}
+        finally:
+            for process in shards:
+                if process.is_running():
+                    process.kill()
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvshard.runtime.batch.job import _Feeder
 from kvshard.runtime.batch.records import BadRow, Row
 from kvshard.runtime.errors import ConfigError, RequestError, ShardError
 from kvshard.runtime.sampling_params import SamplingParams
@@ -207,3 +208,22 @@ def test_what_the_shards_used(tmp_path: Path) -> None:
     assert blocks > 0
     assert (first.peak_kv_bytes, first.peak_memory_bytes) == (blocks * 2**20, 3 * 2**30)
     assert (second.peak_kv_bytes, second.peak_memory_bytes) == (blocks * 2**19, None)  # it did not answer
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_end_of_the_input_wakes_who_waits_for_a_row(broken: bool) -> None:
+    """And what is asked next is told that there is no more, or why."""
+
+    def none() -> Iterator[Row]:
+        yield from ()
+        if broken:
+            raise ConfigError("cannot read the input file")
+
+    with _Feeder(none(), set(), lambda row: pytest.fail("there are no rows"), 1) as feeder:
+        assert feeder.get(threading.TIMEOUT_MAX) is None
+        if broken:
+            with pytest.raises(ConfigError, match="cannot read"):
+                _ = feeder.exhausted
+        else:
+            assert feeder.exhausted
