@@ -162,6 +162,8 @@ class Sampler:
 
     def _winner(self, best: Tensor, column: Tensor) -> Tensor:
         """[R] int64 the global ids of the largest scores over all ranks, or NO_TOKEN."""
+        if self.group.world_size == 1:
+            return torch.where(best.isfinite(), column, NO_TOKEN)
         # Above: the score's key, where NaN counts as infinity. Below: the id, the lowest one largest.
         keys = ordered_keys(torch.nan_to_num(best, nan=math.inf, posinf=math.inf, neginf=-math.inf))
         packed = (keys.long() << 32) | (ID_MASK - (column + self.vocab_rows.start))
