@@ -14,8 +14,9 @@
 #include "pool.h"
 
 static void begin_state(struct state *s, int64_t rows, int64_t vectors) {
-    memset(s->out, 0, (size_t)((rows + 15) / 16 * 16 * vectors * LANES) * 4);  // a tile has 16 rows
-    for (int64_t m = 0; m < MAX_ROWS; m++) {
+    rows = (rows + 15) / 16 * 16;  // a tile has 16 rows
+    memset(s->out, 0, (size_t)(rows * vectors * LANES) * 4);
+    for (int64_t m = 0; m < rows; m++) {
         s->total[m] = 0;
         s->top[m] = -INFINITY;
     }
@@ -116,7 +117,7 @@ static void read_queries(const struct attention *a, const struct item *it, int64
             for (int64_t c = 0; c < padded; c += LANES) store_bf16(halves + m * padded + c, load(row + c) * gain);
 #endif
     }
-    for (int64_t m = q->rows; m < MAX_ROWS; m++) q->position[m] = q->position[q->rows - 1];
+    for (int64_t m = q->rows; m % 16; m++) q->position[m] = q->position[q->rows - 1];
 #ifdef HAVE_AMX
     if (!a->tiles) return;
     if (q->rows > GROUP) {
@@ -144,7 +145,7 @@ static void attend_item(const struct attention *a, const struct work *work, cons
     for (int64_t head = a->first_head[kv_head]; head < a->first_head[kv_head + 1]; head += most) {
         int64_t heads = min64(a->first_head[kv_head + 1] - head, most);
         read_queries(a, it, head, heads, &q);
-        begin_state(&all, q.rows, a->vectors);
+        if (!partial) begin_state(&all, q.rows, a->vectors);
         for (int64_t chunk = it->first_chunk; chunk < it->end_chunk; chunk++) {
             struct ahead then = chunk + 1 < it->end_chunk ? first_block(a, it, kv_head, chunk + 1) : *next;
             attend_chunk(a, it->row, kv_head, chunk, &q, &then, &part);
@@ -230,7 +231,7 @@ int paged_attention(const struct attention *arguments) {
         failed = !partials;
     }
     // The heads of a block lie side by side, and a processor fetches more of what it reads: one thread should want it.
-    int64_t span = work.num_items >= 16 * a->num_threads ? a->num_kv_heads : 1;
+    int64_t span = work.num_items >= 4 * a->num_threads ? a->num_kv_heads : 1;
     struct step step = {a, &work, partials, span};
     if (!failed) kvshard_share_out(attend_some, &step, work.num_items * a->num_kv_heads / span, a->num_threads);
     if (!failed && work.num_partials) kvshard_share_out(join_row, &step, a->num_rows, a->num_threads);
