@@ -14,21 +14,23 @@
 #include "pool.h"
 
 static void begin_state(struct state *s, int64_t rows, int64_t vectors) {
-    memset(s->out, 0, (size_t)((rows + 15) / 16 * 16 * vectors * LANES) * 4);  // a tile has 16 rows
-    for (int64_t m = 0; m < MAX_ROWS; m++) {
+    rows = (rows + 15) / 16 * 16;  // a tile has 16 rows
+    memset(s->out, 0, (size_t)(rows * vectors * LANES) * 4);
+    for (int64_t m = 0; m < rows; m++) {
         s->total[m] = 0;
         s->top[m] = -INFINITY;
     }
 }
 
 // The softmax over one chunk, a block at a time (Dao, "FlashAttention-2", 2023); not yet divided by its total.
-static void attend_chunk(const struct attention *a, int64_t row, int64_t kv_head, int64_t chunk, const struct queries *q, struct state *s) {
+static void attend_chunk(const struct attention *a, int64_t row, int64_t kv_head, int64_t chunk, const struct queries *q, const struct ahead *next, struct state *s) {
     int64_t end = min64((chunk + 1) * CHUNK, q->position[q->rows - 1] + 1), begin = chunk * CHUNK;
     if (a->window) begin = max64(begin, q->position[0] + 1 - a->window);
     begin_state(s, q->rows, a->vectors);
     for (int64_t at = begin, stop; at < end; at = stop) {
         stop = min64((at / BLOCK + 1) * BLOCK, end);
         struct ahead ahead = {row, kv_head, stop, min64(stop + BLOCK, end)};
+        if (stop == end) ahead = *next;
 #ifdef HAVE_AMX
         if (a->tiles) {
             if (q->rows > GROUP) meet_wide(a, row, kv_head, at, stop, q, &ahead, s);
@@ -115,7 +117,7 @@ static void read_queries(const struct attention *a, const struct item *it, int64
             for (int64_t c = 0; c < padded; c += LANES) store_bf16(halves + m * padded + c, load(row + c) * gain);
 #endif
     }
-    for (int64_t m = q->rows; m < MAX_ROWS; m++) q->position[m] = q->position[q->rows - 1];
+    for (int64_t m = q->rows; m % 16; m++) q->position[m] = q->position[q->rows - 1];
 #ifdef HAVE_AMX
     if (!a->tiles) return;
     if (q->rows > GROUP) {
@@ -128,15 +130,14 @@ static void read_queries(const struct attention *a, const struct item *it, int64
 #endif
 }
 
-// The first block that an item reads.
-static void fetch_first(const struct attention *a, const struct item *it, int64_t kv_head) {
-    int64_t context_len = a->context_lens[it->row], begin = it->first_chunk * CHUNK;
+// The first block that an item reads of a chunk.
+static struct ahead first_block(const struct attention *a, const struct item *it, int64_t kv_head, int64_t chunk) {
+    int64_t context_len = a->context_lens[it->row], begin = chunk * CHUNK;
     if (a->window) begin = max64(begin, position_of(a, it, 0) + 1 - a->window);
-    struct ahead ahead = {it->row, kv_head, begin, min64((begin / BLOCK + 1) * BLOCK, context_len)};
-    while (ahead.at < ahead.end) fetch_some(a, &ahead);
+    return (struct ahead){it->row, kv_head, begin, min64((begin / BLOCK + 1) * BLOCK, context_len)};
 }
 
-static void attend_item(const struct attention *a, const struct work *work, const struct item *it, int64_t kv_head, float *partials) {
+static void attend_item(const struct attention *a, const struct work *work, const struct item *it, int64_t kv_head, const struct ahead *next, float *partials) {
     struct state part, all;
     struct queries q;
     int64_t padded = a->vectors * LANES, queries = queries_of(it), most = rows_at_once(a) / queries;
@@ -144,9 +145,10 @@ static void attend_item(const struct attention *a, const struct work *work, cons
     for (int64_t head = a->first_head[kv_head]; head < a->first_head[kv_head + 1]; head += most) {
         int64_t heads = min64(a->first_head[kv_head + 1] - head, most);
         read_queries(a, it, head, heads, &q);
-        begin_state(&all, q.rows, a->vectors);
+        if (!partial) begin_state(&all, q.rows, a->vectors);
         for (int64_t chunk = it->first_chunk; chunk < it->end_chunk; chunk++) {
-            attend_chunk(a, it->row, kv_head, chunk, &q, &part);
+            struct ahead then = chunk + 1 < it->end_chunk ? first_block(a, it, kv_head, chunk + 1) : *next;
+            attend_chunk(a, it->row, kv_head, chunk, &q, &then, &part);
             if (!partial) join(&all, part.out, padded, part.total, part.top, q.rows, a->vectors);
             for (int64_t m = 0; m < q.rows && partial; m++) {
                 int64_t shared = it->end_row > it->row + 1, row = it->row + (shared ? m / heads : 0);
@@ -190,14 +192,21 @@ struct step {
     const struct attention *a;
     const struct work *work;
     float *partials;
+    int64_t span;  // KV heads of an item that one thread takes in turn
 };
 
-static void attend_one(const void *context, int64_t i, int64_t thread) {
+static void attend_some(const void *context, int64_t i, int64_t thread) {
     const struct step *step = context;
-    const struct item *items = step->work->items;
-    int64_t heads = step->a->num_kv_heads, later = i + step->a->num_threads;  // what this thread will probably do next
-    if (later < step->work->num_items * heads) fetch_first(step->a, &items[later / heads], later % heads);
-    attend_item(step->a, step->work, &items[i / heads], i % heads, step->partials);
+    int64_t heads = step->a->num_kv_heads, end = (i + 1) * step->span;
+    for (int64_t at = i * step->span; at < end; at++) {
+        int64_t later = at + 1 < end ? at + 1 : end + (step->a->num_threads - 1) * step->span;  // what this thread will probably do next
+        struct ahead next = {};
+        if (later < step->work->num_items * heads) {
+            const struct item *it = &step->work->items[later / heads];
+            next = first_block(step->a, it, later % heads, it->first_chunk);
+        }
+        attend_item(step->a, step->work, &step->work->items[at / heads], at % heads, &next, step->partials);
+    }
 }
 
 static void join_row(const void *context, int64_t r, int64_t thread) {
@@ -221,8 +230,10 @@ int paged_attention(const struct attention *arguments) {
         partials = malloc((size_t)(work.num_partials * a->num_q_heads * (a->vectors * LANES + 2)) * 4);
         failed = !partials;
     }
-    struct step step = {a, &work, partials};
-    if (!failed) kvshard_share_out(attend_one, &step, work.num_items * a->num_kv_heads, a->num_threads);
+    // The heads of a block lie side by side, and a processor fetches more of what it reads: one thread should want it.
+    int64_t span = work.num_items >= 4 * a->num_threads ? a->num_kv_heads : 1;
+    struct step step = {a, &work, partials, span};
+    if (!failed) kvshard_share_out(attend_some, &step, work.num_items * a->num_kv_heads / span, a->num_threads);
     if (!failed && work.num_partials) kvshard_share_out(join_row, &step, a->num_rows, a->num_threads);
     free(work.items);
     free(work.partials);
