@@ -212,7 +212,8 @@ def _kv_heads(dims: ModelDims, q_heads: range) -> range:
 
 def _deal_heads(dims: ModelDims, weights: list[Fraction]) -> list[range]:
     """Each rank's query heads: whole KV groups, unless there are more ranks than groups, or unless parts of groups make
-    the busiest rank's share of query heads smaller and the fullest rank's share of KV heads no larger.
+    the busiest rank's query heads, for its weight, fewer, and no rank's KV heads more than the most with whole groups,
+    for its weight or in number.
 
     Ranks wait for each other after every attention, so the busiest one's heads are what a layer takes.
     """
@@ -225,10 +226,9 @@ def _deal_heads(dims: ModelDims, weights: list[Fraction]) -> list[range]:
     def most(runs: list[range]) -> Fraction:
         return max(len(run) / weight for run, weight in zip(runs, weights, strict=True))
 
-    def most_kv(runs: list[range]) -> Fraction:
-        return most([_kv_heads(dims, run) for run in runs])
-
-    return heads if most(heads) < most(whole) and most_kv(heads) <= most_kv(whole) else whole
+    kv_heads, whole_kv = ([_kv_heads(dims, run) for run in runs] for runs in (heads, whole))
+    no_fuller = most(kv_heads) <= most(whole_kv) and max(map(len, kv_heads)) <= max(map(len, whole_kv))
+    return heads if no_fuller and most(heads) < most(whole) else whole
 
 
 def _attention_elements(dims: ModelDims, num_q_heads: int, num_kv_heads: int) -> int:

@@ -85,7 +85,7 @@ def test_misspelt_key_is_refused(path: Path) -> None:
     [
         ("one_gpu_8b", LLAMA_8B, 24, [8]),
         ("eight_gpus_70b", LLAMA_70B, 80, [1] * 8),
-        ("mixed_gpus", LLAMA_8B, [80, 40], [6, 3]),
+        ("mixed_gpus", LLAMA_8B, [80, 40], [5, 3]),
         ("two_nodes", LLAMA_70B, 80, [1] * 8),
         ("long_context", LLAMA_8B, 80, [2] * 4),
     ],

@@ -24,13 +24,14 @@ FORMAT_CODES = {
 
 @cache
 def load(name: str, *flags: str) -> ctypes.CDLL | None:
-    """None, and a notice the first time, where it cannot be compiled: the torch implementations are taken then."""
+    """None, and a notice the first time, where it cannot be compiled or loaded: the torch implementations are taken then."""
     folder = Path(__file__).parent
     pool = load_library(folder / "pool.c", exports=True)  # its threads are for all libraries
     library = load_library(folder / name, *flags) if pool else None
     if library is None:
         warnings.warn(
-            "no C compiler was found (cc, gcc or clang): on CPU attention and other operations run in torch, many times slower",
+            "no C could be compiled (is there a compiler: cc, gcc or clang?): on CPU attention and other operations run in torch, "
+            "many times slower",
             stacklevel=2,
         )
     return library

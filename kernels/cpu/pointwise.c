@@ -9,10 +9,10 @@
 
 enum {
     MAX_DIM = 1024,
-    SMALL = 32768,  // elements of a call that are not worth a second thread, and of a part of a larger one
+    SMALL = 32768,  // elements of a call that are not worth a second thread
 };
 
-// Parts of a call that threads take in turn.
+// Parts of a call that threads take in turn, each of at least half as many elements.
 static int64_t parts_of(int64_t tokens, int64_t elements) {
     int64_t parts = 2 * elements / SMALL;
     return parts < 2 ? 1 : parts < tokens ? parts : tokens;

@@ -71,7 +71,7 @@ def test_demo_model_on_two_ranks_splits_the_middle_group() -> None:
         (3, None, [12, 8, 12], [3, 2, 3]),  # parts of groups would be 11, 10 and 11 of 3, 4 and 3 KV heads
         (6, None, [5, 6, 5, 5, 6, 5], [2, 2, 2, 2, 2, 2]),  # whole groups would be of 8 or 4 heads
         (2, [3.0, 1.0], [24, 8], [6, 2]),
-        (2, [2.0, 1.0], [21, 11], [6, 3]),  # 12 on the slower one otherwise
+        (2, [2.0, 1.0], [20, 12], [5, 3]),  # 21 and 11 would be 6 and 3 KV heads
     ],
 )
 def test_groups_are_split_where_that_is_fairer_and_takes_no_more_cache(
