@@ -1,11 +1,11 @@
 // Paged attention over rows of any length, for a cache of any format. Formulas and shapes: kernels/ops.py.
 //
-// A work item is some query positions of a row, all query heads of one KV head, and some chunks of its context. Keys and
-// values are read a block at a time and then meet all queries of the item: as bfloat16 in the processor's matrix unit,
-// where it has one and the queries are bfloat16, else as float32 in vectors. Every query's numbers are worked out in an
-// order that depends on positions alone: a logit is a sum over channels in one fixed order; blocks and chunks start at
-// multiples of their length. So a query has the same bits alone and in any batch, in a prompt of any cut, and with any
-// number of threads.
+// A work item is some query positions of a row and some chunks of its context; a thread takes one of its KV heads, with all
+// query heads of that, or, where there are items enough, one after the other. Keys and values are read a block at a time
+// and then meet all queries of the item: as bfloat16 in the processor's matrix unit, where it has one and the queries are
+// bfloat16, else as float32 in vectors. Every query's numbers are worked out in an order that depends on positions alone:
+// a logit is a sum over channels in one fixed order; blocks and chunks start at multiples of their length. So a query has
+// the same bits alone and in any batch, in a prompt of any cut, and with any number of threads.
 
 #define _GNU_SOURCE
 #include "amx_wide.h"

@@ -13,7 +13,7 @@ enum {
 };
 
 // Parts of a call that threads take in turn, each of at least half as many elements.
-static int64_t parts_of(int64_t tokens, int64_t elements) {
+static int64_t token_parts(int64_t tokens, int64_t elements) {
     int64_t parts = 2 * elements / SMALL;
     return parts < 2 ? 1 : parts < tokens ? parts : tokens;
 }

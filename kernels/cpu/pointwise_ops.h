@@ -19,7 +19,7 @@ static void NAME(norm_part)(const void *context, int64_t part, int64_t thread) {
     const struct norm *a = context;
     const T *x = a->x, *weight = a->weight;
     T *residual = a->residual, *out = a->out;
-    int64_t hidden = a->hidden, x_stride = a->x_stride, residual_stride = a->residual_stride, parts = parts_of(a->num_tokens, a->num_tokens * hidden);
+    int64_t hidden = a->hidden, x_stride = a->x_stride, residual_stride = a->residual_stride, parts = token_parts(a->num_tokens, a->num_tokens * hidden);
     float eps = a->eps;
     for (int64_t t = part_start(a->num_tokens, part, parts); t < part_start(a->num_tokens, part + 1, parts); t++) {
         const T *in = x + t * x_stride;
@@ -47,7 +47,7 @@ static void NAME(norm_part)(const void *context, int64_t part, int64_t thread) {
 }
 
 int NAME(rms_norm)(const struct norm *a) {
-    kvshard_share_out(NAME(norm_part), a, parts_of(a->num_tokens, a->num_tokens * a->hidden), a->num_threads);
+    kvshard_share_out(NAME(norm_part), a, token_parts(a->num_tokens, a->num_tokens * a->hidden), a->num_threads);
     return 0;
 }
 
@@ -78,7 +78,7 @@ static void NAME(put)(const float *x, int64_t d, T *out) {
 
 static void NAME(rotary_part)(const void *context, int64_t part, int64_t thread) {
     const struct rotary *a = context;
-    int64_t d = a->head_dim, parts = parts_of(a->num_tokens, rotary_elements(a));
+    int64_t d = a->head_dim, parts = token_parts(a->num_tokens, rotary_elements(a));
     for (int64_t t = part_start(a->num_tokens, part, parts); t < part_start(a->num_tokens, part + 1, parts); t++) {
         float x[MAX_DIM + LANES];
         const float *cos_sin = a->cos_sin + a->positions[t] * 2 * a->half;
@@ -106,14 +106,14 @@ static void NAME(rotary_part)(const void *context, int64_t part, int64_t thread)
 }
 
 int NAME(rotary_kv_write)(const struct rotary *a) {
-    kvshard_share_out(NAME(rotary_part), a, parts_of(a->num_tokens, rotary_elements(a)), a->num_threads);
+    kvshard_share_out(NAME(rotary_part), a, token_parts(a->num_tokens, rotary_elements(a)), a->num_threads);
     return 0;
 }
 
 static void NAME(gated_part)(const void *context, int64_t part, int64_t thread) {
     const struct gated *a = context;
     T *out = a->out;
-    int64_t inner = a->inner, parts = parts_of(a->num_tokens, a->num_tokens * inner);
+    int64_t inner = a->inner, parts = token_parts(a->num_tokens, a->num_tokens * inner);
     for (int64_t t = part_start(a->num_tokens, part, parts); t < part_start(a->num_tokens, part + 1, parts); t++)
         for (int64_t c = 0; c < inner; c += LANES) {
             int64_t n = inner - c;
@@ -124,6 +124,6 @@ static void NAME(gated_part)(const void *context, int64_t part, int64_t thread) 
 }
 
 int NAME(gated)(const struct gated *a) {
-    kvshard_share_out(NAME(gated_part), a, parts_of(a->num_tokens, a->num_tokens * a->inner), a->num_threads);
+    kvshard_share_out(NAME(gated_part), a, token_parts(a->num_tokens, a->num_tokens * a->inner), a->num_threads);
     return 0;
 }

@@ -1,4 +1,5 @@
-/* Histograms of bytes of sort keys (runtime/shard/radix_select.py), counted or weighed by mass. A part of sampling.c. */
+/* Histograms of bytes of sort keys (runtime/shard/radix_select.py), counted or weighed by mass. A part of sampling.c, which
+   includes it behind what it is made of: places, blocks, keys and masses. */
 
 #pragma once
 

@@ -48,7 +48,7 @@ def byte_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, int]:
     # Not its get_vocab(), megabytes of strings and numbers whose room Python keeps.
     token_id = tokenizer.backend_tokenizer.token_to_id
     ids = ((token_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
-    return {id: byte for id, byte in ids if id is not None}
+    return {token: byte for token, byte in ids if token is not None}
 
 
 def _from_gguf(path: Path, cache: Path) -> PreTrainedTokenizerFast:
