@@ -78,7 +78,7 @@ def test_actors_answer_and_leave(model: Path) -> None:
     launcher = RayLauncher(config_for(model, 2))
     with Engine.start(config_for(model, 2), launcher=launcher) as engine:
         assert len(generate(engine)) == 8
-        assert [(shard.rank, shard.num_q_heads) for shard in engine.shards] == [(0, 4), (1, 2)]
+        assert [(shard.rank, shard.num_q_heads) for shard in engine.shards] == [(0, 3), (1, 3)]
         processes = [psutil.Process(shard.pid) for shard in engine.shards]
         assert [(h.rank, h.last_step_id) for h in engine.executor.health()] == [(0, 7), (1, 7)]
         assert all("_run_plans" in stack for stack in engine.executor.stacks().values())
