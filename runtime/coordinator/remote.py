@@ -243,7 +243,7 @@ class RemoteExecutor:
         return ShardError(rank, self._hosts[rank], self._next_step, cause)
 
     def _ask_watchers(self, kind: Kind) -> list[tuple[int, bytes]]:
-        """Ask every watch thread; keep what arrives of results meanwhile."""
+        """Ask every watch thread; keep what arrives of results meanwhile. Raises what a shard reports."""
         assert self._channel is not None, "start() comes first"
         waiting = set()
         for rank in range(self._config.tensor_parallel_size):
@@ -259,6 +259,8 @@ class RemoteExecutor:
             if message is None:
                 break
             rank, got, payload = message
+            if got is Kind.ERROR:  # its watch thread may have ended with it, and would count as silent
+                raise self._reported(rank, unpack(payload))
             if got is kind:
                 waiting.discard(rank)
                 answers.append((rank, payload))
