@@ -10,7 +10,6 @@ meet before each call, so that no back end pays for the one before it. Times are
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import time
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 
 import record
@@ -133,12 +131,9 @@ def table(world_size: int, samples: Samples) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("all_reduce", __doc__)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--iterations", type=int, default=300)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "all_reduce.json")
     arguments = parser.parse_args()
     result = record.describe("all_reduce")
     results = {}

@@ -10,7 +10,6 @@ perplexity, and how often the most likely next token is the one that the full ca
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -95,11 +94,8 @@ def measure(formats: tuple[CacheFormat, ...], dtype: torch.dtype) -> dict[str, d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("cache_quality", __doc__)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "cache_quality.json")
     arguments = parser.parse_args()
     result = record.describe("cache_quality")
     quality = measure(FORMATS, getattr(torch, arguments.dtype))

@@ -11,7 +11,6 @@ requests in turn: none busy, one, two, none, ...
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -19,7 +18,6 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 
 import record
@@ -72,11 +70,8 @@ def ms_a_token(llm: LLM, rows: int, rng: random.Random) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("contention", __doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "contention.json")
     arguments = parser.parse_args()
     result = record.describe("contention")
     rng, cores = random.Random(1), len(os.sched_getaffinity(0))

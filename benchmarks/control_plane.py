@@ -15,13 +15,11 @@ answered as shards do (tokens from rank 0, a checksum from the others). Channel 
 busy moment of the machine hits both. The peers do nothing else: what is measured is the way there and back.
 """
 
-import argparse
 import gc
 import multiprocessing
 import statistics
 import time
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 import record
@@ -207,13 +205,10 @@ def cell(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("control_plane", __doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--peers", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "control_plane.json")
     arguments = parser.parse_args()
     result = record.describe("control_plane")
     result["versions"] |= {"numpy": np.__version__, "pyzmq": zmq.__version__}

@@ -11,10 +11,8 @@ the processor's cache. A copy of as many bytes as the bfloat16 keys and values i
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -91,14 +89,11 @@ def variants(rows: int, context: int) -> dict[str, Callable[[int], object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("cpu_attention", __doc__)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "cpu_attention.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = record.describe("cpu_attention")

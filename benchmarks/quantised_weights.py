@@ -12,12 +12,10 @@ embedding alone. So these figures are not those of a model that was never quanti
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
 import time
-from pathlib import Path
 from typing import get_args
 
 import record
@@ -81,12 +79,9 @@ def quality() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("quantised_weights", __doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "quantised_weights.json")
     arguments = parser.parse_args()
     result = record.describe("quantised_weights")
     samples, of_page = times(arguments.repeats, arguments.threads), quality()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -20,6 +21,15 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def parser(benchmark: str, description: str | None) -> argparse.ArgumentParser:
+    """With the option that all have: where the result goes."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--output", type=Path, default=RESULTS / f"{benchmark}.json")
+    return made
 
 
 def describe(benchmark: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ medians. Logits are normal with a standard deviation of 3, as spread as those of
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -49,15 +48,12 @@ def sampler_of(rows: int, vocabulary: int, changes: dict[str, float]) -> Sampler
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("sampling", __doc__)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--compare", type=Path, help="result of a run of another version")
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "sampling.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = record.describe("sampling")

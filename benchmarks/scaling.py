@@ -10,7 +10,6 @@ plot; all samples are kept.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import time
@@ -105,11 +104,8 @@ def plot(points: list[Point], path: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("scaling", __doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "scaling.json")
     arguments = parser.parse_args()
     result = record.describe("scaling")
     model = demo_checkpoint(2 * max(LENGTHS))

@@ -151,12 +151,9 @@ def _fields(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("start_up", __doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "start_up.json")
     arguments = parser.parse_args()
     if arguments.memory_of is not None:
         return print_memory(arguments.memory_of)

@@ -10,12 +10,10 @@ rate of a product of 2,048 x 2,048 in bfloat16, torch's or kvshard's own, whiche
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -156,12 +154,9 @@ def run(llm: LLM, case: Case, repeat: int, play: bool, watch: Watch | None) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser("where_time_goes", __doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=record.RESULTS / "where_time_goes.json")
     arguments = parser.parse_args()
     result = record.describe("where_time_goes")
     torch.set_num_threads(arguments.threads)

@@ -27,6 +27,7 @@ __all__ = [
     "KVLayer",
     "add_rms_norm",
     "gelu_mul",
+    "load",
     "paged_attention",
     "rms_norm",
     "rotary_kv_write",
@@ -82,6 +83,15 @@ def _backend(device_type: str) -> Backend:
     if device_type not in _PACKAGES:
         raise ValueError(f"device: expected one of {', '.join(_PACKAGES)}, got {device_type}")
     return cast(Backend, import_module(_PACKAGES[device_type], __package__))
+
+
+def load(device_type: str) -> None:
+    """Have the code ready that is compiled once for all shapes, so that no step waits for a compiler: the C of the CPU.
+
+    Triton's kernels are compiled for the shapes of a call, at their first.
+    """
+    if device_type == "cpu":
+        import_module(".cpu.library", __package__).load_all()
 
 
 def _check_cache(cache: KVLayer, q: Tensor, num_kv_heads: int, block_size: int | str) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from .dealing import at_least_one, deal, level_out
+
 MLP_UNIT = 32  # MLP columns are dealt 32 at a time: one block of the 32-wide ggml types
 
 
@@ -108,11 +110,11 @@ class ShardMap:
         num_units = -(-dims.intermediate_size // MLP_UNIT)
         mlp_elements = _mlp_elements(dims, dims.intermediate_size)
         unit_shares = [
-            extra * num_units / mlp_elements for extra in _level(loads, shares, Fraction(mlp_elements))
+            extra * num_units / mlp_elements for extra in level_out(loads, shares, Fraction(mlp_elements))
         ]
         mlp_columns = [
             range(run.start * MLP_UNIT, min(run.stop * MLP_UNIT, dims.intermediate_size)) if run else range(0)
-            for run in _deal(num_units, unit_shares)
+            for run in deal(num_units, unit_shares)
         ]
 
         # One row each first (a rank without logits has nothing to give to the sampler), then to level.
@@ -122,7 +124,7 @@ class ShardMap:
             for load, columns in zip(loads, mlp_columns, strict=True)
         ]
         spare = Fraction((dims.vocab_size - world_size) * row)
-        vocab_rows = _deal(dims.vocab_size, [1 + extra / row for extra in _level(loads, shares, spare)])
+        vocab_rows = deal(dims.vocab_size, [1 + extra / row for extra in level_out(loads, shares, spare)])
         return cls(
             dims,
             tuple(
@@ -217,10 +219,10 @@ def _deal_heads(dims: ModelDims, weights: list[Fraction]) -> list[range]:
 
     Ranks wait for each other after every attention, so the busiest one's heads are what a layer takes.
     """
-    heads = _deal(dims.num_q_heads, _at_least_one(dims.num_q_heads, weights))
+    heads = deal(dims.num_q_heads, at_least_one(dims.num_q_heads, weights))
     if len(weights) > dims.num_kv_heads:
         return heads
-    groups = _deal(dims.num_kv_heads, _at_least_one(dims.num_kv_heads, weights))
+    groups = deal(dims.num_kv_heads, at_least_one(dims.num_kv_heads, weights))
     whole = [range(run.start * dims.group_size, run.stop * dims.group_size) for run in groups]
 
     def most(runs: list[range]) -> Fraction:
@@ -238,42 +240,6 @@ def _attention_elements(dims: ModelDims, num_q_heads: int, num_kv_heads: int) ->
 
 def _mlp_elements(dims: ModelDims, num_columns: int) -> int:
     return dims.num_layers * dims.hidden_size * 3 * num_columns
-
-
-def _level(loads: list[Fraction], weights: list[Fraction], amount: Fraction) -> list[Fraction]:
-    """Pour `amount` over the ranks so that (load + poured) / weight is level wherever anything was poured."""
-    active = list(range(len(loads)))
-    while True:
-        level = (amount + sum(loads[i] for i in active)) / sum(weights[i] for i in active)
-        below = [i for i in active if loads[i] <= level * weights[i]]
-        if len(below) == len(active):
-            break
-        active = below
-    poured = [Fraction(0)] * len(loads)
-    for i in active:
-        poured[i] = level * weights[i] - loads[i]
-    return poured
-
-
-def _at_least_one(count: int, weights: list[Fraction]) -> list[Fraction]:
-    """Shares of `count` in proportion to the weights, with none below one."""
-    ones = [Fraction(1)] * len(weights)
-    return [1 + extra for extra in _level(ones, weights, Fraction(count - len(weights)))]
-
-
-def _deal(count: int, shares: list[Fraction]) -> list[range]:
-    """Contiguous runs that cover range(count), each within one of its share and never below floor(share).
-
-    The *running sum* of the shares is rounded, half up: borders fall on group borders where shares allow.
-    """
-    assert sum(shares) == count, f"shares add up to {sum(shares)}, not {count}"
-    runs, start, total = [], 0, Fraction(0)
-    for share in shares:
-        total += share
-        stop = math.floor(total + Fraction(1, 2))
-        runs.append(range(start, stop))
-        start = stop
-    return runs
 
 
 def _difference(wanted: range, held: range) -> Iterator[range]:

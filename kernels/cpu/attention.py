@@ -14,7 +14,6 @@ from .tape import call, empty, no_memory
 from .torch_ops import paged_attention as torch_attention
 
 MAX_HEAD_DIM = 256
-FLAGS = ("-ffp-contract=fast",)
 
 
 class _Arguments(ctypes.Structure):
@@ -46,7 +45,7 @@ def paged_attention(
     lse: Tensor | None = None,
 ) -> Tensor:
     """See `ops.paged_attention`."""
-    library = load("attention.c", *FLAGS)
+    library = load("attention.c")
     if library is None or q.dtype not in FORMAT_CODES or q.shape[2] > MAX_HEAD_DIM:
         return torch_attention(q, cache, meta, heads, scale, window, soft_cap, sinks, lse)
     plan, _ = meta.prepare(

@@ -22,12 +22,28 @@ FORMAT_CODES = {
 }
 
 
+# Each with how the compiler may fuse a product and a sum.
+SOURCES = {
+    "attention.c": ("-ffp-contract=fast",),
+    "linear.c": ("-ffp-contract=fast",),
+    "pointwise.c": ("-ffp-contract=off",),  # as written: rotary in float32 has the bits of transformers' own
+    "sampling.c": ("-ffp-contract=off",),  # fused in some columns only, a token's mass depends on its column
+    "tape.c": (),
+}
+
+
+def load_all() -> None:
+    """Compile what is not in the cache, now and not in a step that others wait for."""
+    for name in SOURCES:
+        load(name)
+
+
 @cache
-def load(name: str, *flags: str) -> ctypes.CDLL | None:
+def load(name: str, *more_flags: str) -> ctypes.CDLL | None:
     """None, and a notice the first time, where it cannot be compiled or loaded: the torch implementations are taken then."""
     folder = Path(__file__).parent
     pool = load_library(folder / "pool.c", exports=True)  # its threads are for all libraries
-    library = load_library(folder / name, *flags) if pool else None
+    library = load_library(folder / name, *SOURCES[name], *more_flags) if pool else None
     if library is None:
         warnings.warn(
             "no C could be compiled (is there a compiler: cc, gcc or clang?): on CPU attention and other operations run in torch, "

@@ -55,7 +55,7 @@ class _Rows(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL | None:
     """None without a compiler."""
-    library = load("linear.c", "-ffp-contract=fast")
+    library = load("linear.c")
     if library is not None:
         library.linear_pack.argtypes = [_POINTER, _INT, _INT]
         library.linear_pack_codes.argtypes = [_POINTER, _INT]

@@ -52,8 +52,7 @@ class _Rotary(ctypes.Structure):
 
 def _function(name: str, dtype: torch.dtype) -> Any:
     """The C function of a dtype, or None."""
-    # Unfused, as written: rotary in float32 then has the bits of transformers' own.
-    library = load("pointwise.c", "-ffp-contract=off")
+    library = load("pointwise.c")
     if library is None or dtype not in _NAMES:
         return None
     return getattr(library, f"{_NAMES[dtype]}_{name}")

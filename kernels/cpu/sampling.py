@@ -13,9 +13,8 @@ from .library import load
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Compiled when first used; None without a compiler."""
-    # A fused multiply-add here and not there would give a token another mass, depending on its column.
-    library = load("sampling.c", "-ffp-contract=off")
+    """None without a compiler."""
+    library = load("sampling.c")
     if library is not None:
         pointer, size, int_ = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         rows = (pointer, size, size, size)  # logits, row stride, rows, columns

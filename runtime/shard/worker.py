@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ...kernels import ops
 from ...kernels.host import to_device
 from ...kernels.weight_codes import WeightCodes
 from ...parallel.group import Group
@@ -56,6 +57,7 @@ class Worker:
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache and the slots; plans may be run from here on. num_blocks: see `Limits`."""
+        ops.load(self.device.type)
         cache, scheduler = self._config.cache, self._config.scheduler
         groups = self.spec.layer_groups
         limits = Limits.from_config(

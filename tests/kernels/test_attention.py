@@ -181,7 +181,7 @@ def test_nan_of_one_row_stays_there(backend, attention_case, format):
 @pytest.mark.parametrize("format", ["auto", "int8", "fp8", "int4"])
 def test_cpu_without_a_matrix_unit(attention_case, monkeypatch, format):
     """What processors without AMX run, bfloat16 in float32 vectors, also where there is one."""
-    library = cpu_attention.load("attention.c", *cpu_attention.FLAGS, "-mno-amx-bf16")
+    library = cpu_attention.load("attention.c", "-mno-amx-bf16")
     if library is None:
         pytest.skip("no compiler that knows -mno-amx-bf16")
     monkeypatch.setattr(cpu_attention, "load", lambda *_: library)

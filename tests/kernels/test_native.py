@@ -9,6 +9,8 @@ import pytest
 
 import kvshard
 import kvshard.parallel.shared_memory as ring
+from kvshard.kernels import ops
+from kvshard.kernels.cpu import library
 from kvshard.kernels.native import load_library
 
 ROOT = Path(kvshard.__file__).parent
@@ -23,6 +25,15 @@ def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert load_library(SOURCE) is not None
     assert [p.stat().st_mtime_ns for p in (tmp_path / "kvshard").iterdir()] == [made]
     assert (tmp_path / "kvshard").stat().st_mode & 0o077 == 0
+
+
+def test_all_c_of_the_operations_is_loaded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a shard does before it says that it is ready; a step would wait for the compiler otherwise."""
+    library.load.cache_clear()
+    ops.load("cpu")
+    monkeypatch.setattr(library, "load_library", None)  # nothing more may be opened
+    sources = {path.name for path in Path(library.__file__).parent.glob("*.c")} - {"pool.c"}
+    assert None not in {library.load(name) for name in sources}
 
 
 def test_a_relative_cache_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ class Behaviour:
 
     hello: dict[str, Any] | None = field(default_factory=dict)  # what differs; None says nothing
     error: dict[str, Any] | None = None  # instead of results
+    error_when_asked: dict[str, Any] | None = None  # instead of an answer to its watch thread
     token: int = 7
     answers_plans: bool = True
     answers_health: bool = True
@@ -107,7 +108,9 @@ class FakeLauncher:
                     if kind == Kind.HEALTH.value
                     else "a stack"
                 )
-                if behaviour.answers_health:
+                if behaviour.error_when_asked is not None:
+                    link.send_multipart((Kind.ERROR.value, pack(behaviour.error_when_asked)))
+                elif behaviour.answers_health:
                     watch.send_multipart((kind, pack(answer)))
             if link not in ready:
                 continue
@@ -289,6 +292,18 @@ def test_a_dead_shard_is_blamed_and_not_those_that_noticed() -> None:
 def test_a_hanging_shard_is_blamed_when_the_others_miss_it() -> None:
     silent = Behaviour(answers_plans=False)
     with executor_of({0: broken([1]), 1: silent, 2: broken([1])}) as (executor, _):
+        executor.start()
+        executor.submit(empty_plan(0))
+        with pytest.raises(ShardError, match=r"shard 1 on node1 .*layer 3 o_proj"):
+            executor.result()
+
+
+def test_a_report_that_comes_while_the_slowest_is_looked_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shard is ended by then, and is silent like the one that it misses."""
+    monkeypatch.setattr("kvshard.runtime.coordinator.remote.ANSWER_S", 0.3)
+    late = Behaviour(answers_plans=False, error_when_asked=broken([1]).error)
+    silent = Behaviour(answers_plans=False, answers_health=False)
+    with executor_of({0: late, 1: silent}, step_s=0.3) as (executor, _):
         executor.start()
         executor.submit(empty_plan(0))
         with pytest.raises(ShardError, match=r"shard 1 on node1 .*layer 3 o_proj"):
