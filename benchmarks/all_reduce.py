@@ -114,10 +114,6 @@ def run(world_size: int, iterations: int) -> Samples:
     return samples
 
 
-def percentile_99(values: list[float]) -> float:
-    return sorted(values)[int(len(values) * 0.99)]
-
-
 def table(world_size: int, samples: Samples) -> str:
     lines = [
         f"{world_size} ranks: median (p99), microseconds",
@@ -125,7 +121,7 @@ def table(world_size: int, samples: Samples) -> str:
         "|---|" + "---|" * len(BACKENDS),
     ]
     for payload, by_backend in samples.items():
-        cells = [f"{median(by_backend[b]):.1f} ({percentile_99(by_backend[b]):.0f})" for b in BACKENDS]
+        cells = [f"{median(by_backend[b]):.1f} ({record.percentile_99(by_backend[b]):.0f})" for b in BACKENDS]
         lines.append(f"| {payload} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

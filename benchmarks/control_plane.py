@@ -196,12 +196,8 @@ def measure_fan_out(num_peers: int, num_rounds: int, payload: bytes) -> Samples:
     return samples
 
 
-def percentile_99(values: list[float]) -> float:
-    return sorted(values)[int(len(values) * 0.99)]
-
-
 def cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.0f} ({percentile_99(values):.0f})"
+    return f"{statistics.median(values):.0f} ({record.percentile_99(values):.0f})"
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def tables(samples: list[dict[str, Any]], peers: list[Peer]) -> list[str]:
                 "",
                 f"**{workload}, {figure}**",
                 "",
-                f"| engine | median | range | {engines[0]} is better by |",
+                f"| engine | median | range | {engines[0]} beside it |",
             ]
             lines.append("|---|---|---|---|")
             for name, values in by.items():
@@ -261,7 +261,7 @@ def main() -> None:
         "",
         f"{result['date']}, {result['machine']['processor']}, {arguments.threads} threads, {arguments.dtype}; "
         + ", ".join(f"{peer.name} {peer.version}" for peer in peers)
-        + f". Samples: {output.name}.",
+        + f". kvshard is at {result['versions']['kvshard']}. Samples: {output.name}.",
         *shown,
     ]
     print("\n".join(lines[2:]))

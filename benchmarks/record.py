@@ -68,6 +68,10 @@ def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
+def percentile_99(values: list[float]) -> float:
+    return sorted(values)[int(len(values) * 0.99)]
+
+
 def write(record: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, separators=(",", ":")) + "\n")

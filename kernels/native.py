@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 # No -ffast-math: sums keep the order that they are written in, on every processor.
@@ -47,17 +48,21 @@ def _cache_directory() -> Path:
 
 def _fingerprint(compiler: str, flags: tuple[str, ...], source: Path) -> str:
     """Source with its headers, flags, compiler, and the processor: a home directory may be shared by several kinds."""
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S
-    )
     digest = hashlib.sha256(source.read_bytes())
     for header in sorted(source.parent.glob("*.h")):
         digest.update(b"\0" + header.read_bytes())
-    for part in (" ".join(flags).encode(), version.stdout, platform.machine().encode(), _processor()):
+    for part in (" ".join(flags).encode(), _version(compiler), platform.machine().encode(), _processor()):
         digest.update(b"\0" + part)
     return digest.hexdigest()[:24]
 
 
+@cache
+def _version(compiler: str) -> bytes:
+    command = [compiler, "--version"]
+    return subprocess.run(command, capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S).stdout
+
+
+@cache
 def _processor() -> bytes:
     lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     wanted = (b"model name", b"flags", b"CPU part", b"Features")

@@ -74,7 +74,7 @@ def test_of_times_the_shorter_is_better_and_of_rates_the_higher() -> None:
         for engine, pairs in values.items()
         for repeat, (time, rate) in enumerate(pairs)
     ]
-    head = ["| engine | median | range | kvshard is better by |", "|---|---|---|---|"]
+    head = ["| engine | median | range | kvshard beside it |", "|---|---|---|---|"]
     assert peers.tables(samples, [idle("kvshard"), idle("vllm")]) == [
         *("", "**W2, ttft_ms**", "", *head),
         "| kvshard | 15.00 | 10.00 - 20.00 |  |",
@@ -90,7 +90,7 @@ def test_who_is_worse_reads_below_one_and_the_first_engine_is_the_one_compared()
         sample(name, "W3", 0, prompt_tokens_per_s=rate) for name, rate in (("vllm", 30), ("kvshard", 40))
     ]
     lines = peers.tables(samples, [idle("vllm"), idle("kvshard")])
-    assert lines[3] == "| engine | median | range | vllm is better by |"
+    assert lines[3] == "| engine | median | range | vllm beside it |"
     assert lines[6:] == ["| kvshard | 40.00 | 40.00 - 40.00 | 0.75x (0.75 - 0.75) |"]
 
 

@@ -11,6 +11,8 @@ import torch
 
 from ..native import load_library
 
+_FOLDER = Path(__file__).parent
+
 # Numbers that vectors.h gives the element types.
 FORMAT_CODES = {
     torch.float32: 0,
@@ -32,6 +34,12 @@ SOURCES = {
 }
 
 
+@cache
+def _pool() -> ctypes.CDLL | None:
+    """The threads of all the others."""
+    return load_library(_FOLDER / "pool.c", exports=True)
+
+
 def load_all() -> None:
     """Compile what is not in the cache, now and not in a step that others wait for."""
     for name in SOURCES:
@@ -41,9 +49,7 @@ def load_all() -> None:
 @cache
 def load(name: str, *more_flags: str) -> ctypes.CDLL | None:
     """None, and a notice the first time, where it cannot be compiled or loaded: the torch implementations are taken then."""
-    folder = Path(__file__).parent
-    pool = load_library(folder / "pool.c", exports=True)  # its threads are for all libraries
-    library = load_library(folder / name, *SOURCES[name], *more_flags) if pool else None
+    library = load_library(_FOLDER / name, *SOURCES[name], *more_flags) if _pool() else None
     if library is None:
         warnings.warn(
             "no C could be compiled (is there a compiler: cc, gcc or clang?): on CPU attention and other operations run in torch, "

@@ -69,7 +69,8 @@ class Slots:
         positions = self._to_device(positions_host)
 
         max_blocks = -(-int(after.max()) // self._block_size)
-        tables = self._block_tables[:, :, :max_blocks].index_select(1, self._to_device(slots))
+        # Not index_select: on CPU that counts what it chooses from, and wakes threads for what is a few rows.
+        tables = self._block_tables[:, self._to_device(slots), :max_blocks]
         blocks = tables[:, self._to_device(row_of_token), positions // self._block_size]  # [groups, T]
         slot_mappings = blocks.long() * self._block_size + positions % self._block_size
         attention = AttentionMetadata.build(
