@@ -21,22 +21,31 @@ _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-shared", "-
 _COMPILE_TIMEOUT_S = 60
 
 
-def load_library(source: Path, *extra_flags: str, exports: bool = False) -> ctypes.CDLL | None:
-    """The compiled library, from the cache or made now; None where that is not possible.
+class NotCompiledError(Exception):
+    """Its text says why there is no library."""
+
+
+def load_library(source: Path, *extra_flags: str, exports: bool = False) -> ctypes.CDLL:
+    """The compiled library, from the cache or made now. Raises NotCompiledError where that is not possible.
 
     exports: libraries that are loaded later find its functions by their names.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
     flags = (*_FLAGS, *extra_flags)
-    try:
-        path = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, flags, source)}.so"
-        if not path.exists():
-            _compile(compiler, flags, source, path)
-        return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if exports else ctypes.DEFAULT_MODE)
-    except (OSError, subprocess.SubprocessError):
-        return None
+    reason = "there is no compiler: cc, gcc or clang"
+    for compiler in filter(None, map(shutil.which, ("cc", "gcc", "clang"))):
+        try:
+            path = _cache_directory() / f"{source.stem}-{_fingerprint(compiler, flags, source)}.so"
+            if not path.exists():
+                _compile(compiler, flags, source, path)
+            return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL if exports else ctypes.DEFAULT_MODE)
+        except subprocess.CalledProcessError as error:
+            lines: list[str] = error.stderr.decode(errors="replace").splitlines()
+            reason = next(
+                (line for line in lines if "error" in line), f"{compiler} ended with {error.returncode}"
+            )
+        except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: there is no home
+            reason = str(error)
+    raise NotCompiledError(reason)
 
 
 def _cache_directory() -> Path:

@@ -1,6 +1,6 @@
 """The door to the kernels: formulas, shapes and dtypes of every operation, and the choice of the back end.
 
-Tensors on CUDA go to the Triton kernels, tensors on CPU to torch. `reference.py` defines the same operations in
+Tensors on CUDA go to the Triton kernels, tensors on CPU to C, or to torch where none can be compiled. `reference.py` defines the same operations in
 plain torch. All arithmetic is float32 or better, whatever the dtype of the tensors; each result is rounded once.
 
 T is the number of tokens in a step, D the head dimension, Hq and Hk the query and KV heads of this shard. Each
@@ -122,6 +122,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check("x", x, ("T", "H"), x, x.dtype)
     _check("weight", weight, (x.shape[1],), x, x.dtype)
     _check_rows("x", x)
+    _check_rows("weight", weight)
     return _backend(x.device.type).rms_norm(x, weight, eps)
 
 
@@ -129,7 +130,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """Adds x to the residual stream in place and returns rms_norm(residual).
 
     x         [T, H], rows of adjacent elements
-    residual  [T, H], dtype of x, contiguous; becomes residual + x, rounded to its dtype before it is normed
+    residual  [T, H], dtype of x, rows of adjacent elements; becomes residual + x, rounded to its dtype before it is normed
     weight    [H], dtype of x
     returns   [T, H], dtype of x, contiguous
     """
@@ -138,6 +139,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     _check("weight", weight, (x.shape[1],), x, x.dtype)
     _check_rows("x", x)
     _check_rows("residual", residual)
+    _check_rows("weight", weight)
     return _backend(x.device.type).add_rms_norm(x, residual, weight, eps)
 
 
@@ -187,8 +189,17 @@ def rotary_kv_write(
     _check("cos_sin", cos_sin, ("max_positions", "rotary_dim"), q, torch.float32)
     _check("positions", positions, (num_tokens,), q, torch.int64)
     _check("slot_mapping", slot_mapping, (num_tokens,), q, torch.int64)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_rows(name, tensor)
+    vectors = (
+        ("positions", positions),
+        ("slot_mapping", slot_mapping),
+        ("q_norm", q_norm),
+        ("k_norm", k_norm),
+    )
+    for name, tensor in (("q", q), ("k", k), ("v", v), *vectors):
+        if tensor is not None:
+            _check_rows(name, tensor)
+    if not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin: expected a contiguous tensor, got strides {cos_sin.stride()}")
     _check_cache(cache, q, k.shape[1], "block_size")
     if cos_sin.shape[1] > head_dim or cos_sin.shape[1] % 2:
         raise ValueError(
@@ -275,6 +286,7 @@ def paged_attention(
         raise ValueError(f"soft_cap: expected more than 0, got {soft_cap}")
     if sinks is not None:
         _check("sinks", sinks, (heads.num_q_heads,), q, torch.float32)
+        _check_rows("sinks", sinks)
     if lse is not None:
         _check("lse", lse, (meta.num_tokens, heads.num_q_heads), q, torch.float32)
         _check_rows("lse", lse)

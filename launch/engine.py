@@ -1,6 +1,7 @@
 """From a job's settings to a running model: resolve, plan, start the shards, build the coordinator."""
 
 import ctypes
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -156,7 +157,9 @@ def resolve_device(config: JobConfig, launcher: Launcher | None = None) -> JobCo
             num_gpus = launcher.num_gpus()
         else:
             num_gpus = _num_gpus_here()
-        wanted = 1 if config.launcher == "torchrun" else config.tensor_parallel_size
+        wanted = config.tensor_parallel_size
+        if config.launcher == "torchrun":  # of this host; each of the others has its own
+            wanted = int(os.environ.get("LOCAL_WORLD_SIZE", wanted))
         device = "cuda" if num_gpus >= wanted else "cpu"
     dtype = resolve_dtype(config.dtype, device)
     return config.model_copy(update={"device": device, "dtype": dtype})

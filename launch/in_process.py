@@ -1,7 +1,10 @@
-"""One shard in the coordinator's own process. The only part of the coordinator's process that imports torch."""
+"""One shard in the coordinator's own process. Imports torch, which the coordinator itself does not need."""
 
 import os
+import socket
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,11 +15,13 @@ from ..runtime.config import JobConfig
 from ..runtime.coordinator.executor import ShardHealth, ShardInfo
 from ..runtime.coordinator.plan import StepPlan, StepResult
 from ..runtime.coordinator.remote import CacheSize
+from ..runtime.errors import ConfigError, ShardError
 from ..runtime.models.checkpoint import open_checkpoint
 from ..runtime.observe.memory_plan import host_memory_bytes
 from ..runtime.shard.link import peak_memory_bytes, stacks
 from ..runtime.shard.main import shard_info
 from ..runtime.shard.worker import Worker
+from .local import NO_GPU
 
 
 class InProcessExecutor:
@@ -35,6 +40,10 @@ class InProcessExecutor:
         """There is no process to start."""
 
     def start(self) -> list[ShardInfo]:
+        with self._told():
+            return self._start()
+
+    def _start(self) -> list[ShardInfo]:
         config = self._config
         device = torch.device(config.device)
         threads = config.threads_per_shard or len(os.sched_getaffinity(0))
@@ -53,9 +62,19 @@ class InProcessExecutor:
     def result(self) -> StepResult:
         assert self.worker is not None, "start() comes first"
         plan = self._plans.popleft()
-        result = self.worker.run(plan).wait()
+        with self._told():
+            result = self.worker.run(plan).wait()
         self._last_step_id = plan.step_id
         return result
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What can befall a shard without a fault of ours is told as of any other. The rest keeps its traceback."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, TimeoutError) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise ShardError(0, socket.gethostname(), self._last_step_id + 1, cause) from None
 
     def health(self) -> list[ShardHealth]:
         return [ShardHealth(0, self._last_step_id, peak_memory_bytes(self._config.device))]
@@ -72,4 +91,6 @@ def local_memory_bytes(config: JobConfig) -> int:
     """Memory of the device that a shard in this process uses."""
     if config.device == "cpu":
         return host_memory_bytes()
+    if not torch.cuda.is_available():
+        raise ConfigError(NO_GPU)
     return int(torch.cuda.get_device_properties(0).total_memory)

@@ -11,6 +11,7 @@ from ..runtime.errors import ConfigError
 from ..runtime.messages import ShardJob
 from .nursery import LENGTH
 
+NO_GPU = "device=cuda and this host has no CUDA device; use device: cpu or auto"
 END_S = 5.0  # for the nursery to kill what is left and end
 
 
@@ -32,7 +33,7 @@ class LocalLauncher:
 
         num_gpus = torch.cuda.device_count()
         if num_gpus == 0:
-            raise ConfigError("device=cuda and this host has no CUDA device; use device: cpu or auto")
+            raise ConfigError(NO_GPU)
         return [Placement("localhost", True, f"cuda:{rank % num_gpus}") for rank in range(size)]
 
     def start(self, jobs: list[ShardJob]) -> None:

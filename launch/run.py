@@ -84,6 +84,11 @@ class _Job:
         # One reading of the input, so that the bar has a total and no shard starts for nothing.
         self.num_rows = self.num_left = 0
         try:
+            for file in self._files:
+                if file.samefile(self.output.path):
+                    raise ConfigError(
+                        f"input.path {config.input.path} reads {file}, which is output.path; set one of them to another file"
+                    )
             for row in self.rows():
                 self.num_rows += 1
                 self.num_left += row.row_id not in self.output.done

@@ -221,7 +221,11 @@ def _describe(device: torch.device, host_id: str, native: bool) -> dict[str, Any
 def _pid_namespace() -> str:
     """Empty where processes of other ranks cannot be opened and watched (not Linux)."""
     try:
-        return os.readlink("/proc/self/ns/pid") if hasattr(os, "memfd_create") else ""
+        return (
+            os.readlink("/proc/self/ns/pid")
+            if hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+            else ""
+        )
     except OSError:
         return ""
 

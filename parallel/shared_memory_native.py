@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..kernels.cpu.tape import Failed, call
-from ..kernels.native import load_library
+from ..kernels.native import NotCompiledError, load_library
 from .shared_memory_layout import BYTES, DTYPE_CODES, Segment
 
 
@@ -40,7 +40,10 @@ class _Collective(ctypes.Structure):
 
 def load_ring() -> ctypes.CDLL | None:
     """The compiled ring; None where there is no compiler."""
-    return load_library(Path(__file__).with_name("shared_memory.c"))
+    try:
+        return load_library(Path(__file__).with_name("shared_memory.c"))
+    except NotCompiledError:
+        return None
 
 
 class NativeRing:

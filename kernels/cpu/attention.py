@@ -57,7 +57,7 @@ def paged_attention(
     arguments.k, arguments.v = cache.k.data_ptr(), cache.v.data_ptr()
     arguments.k_scale = None if cache.k_scale is None else cache.k_scale.data_ptr()
     arguments.v_scale = None if cache.v_scale is None else cache.v_scale.data_ptr()
-    arguments.sinks = None if sinks is None else sinks.contiguous().data_ptr()
+    arguments.sinks = None if sinks is None else sinks.data_ptr()
     arguments.lse, arguments.lse_stride = (None, 0) if lse is None else (lse.data_ptr(), lse.stride(0))
     arguments.q_stride, arguments.q_head_stride, arguments.head_dim = q.stride(0), q.stride(1), q.shape[2]
     arguments.q_format = FORMAT_CODES[q.dtype]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..native import load_library
+from ..native import NotCompiledError, load_library
 
 _FOLDER = Path(__file__).parent
 
@@ -35,7 +35,7 @@ SOURCES = {
 
 
 @cache
-def _pool() -> ctypes.CDLL | None:
+def _pool() -> ctypes.CDLL:
     """The threads of all the others."""
     return load_library(_FOLDER / "pool.c", exports=True)
 
@@ -49,11 +49,13 @@ def load_all() -> None:
 @cache
 def load(name: str, *more_flags: str) -> ctypes.CDLL | None:
     """None, and a notice the first time, where it cannot be compiled or loaded: the torch implementations are taken then."""
-    library = load_library(_FOLDER / name, *SOURCES[name], *more_flags) if _pool() else None
-    if library is None:
+    try:
+        _pool()
+        return load_library(_FOLDER / name, *SOURCES[name], *more_flags)
+    except NotCompiledError as error:
         warnings.warn(
-            "no C could be compiled (is there a compiler: cc, gcc or clang?): on CPU attention and other operations run in torch, "
-            "many times slower",
+            f"{name} could not be compiled, so what it does on CPU runs in torch, many times slower ({error}); GCC 12 or newer is "
+            "wanted, and a cache directory that can be written (XDG_CACHE_HOME)",
             stacklevel=2,
         )
-    return library
+        return None

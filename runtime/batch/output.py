@@ -60,6 +60,7 @@ class OutputFile:
         Raises ConfigError, with the file unchanged, when it cannot be written, another run is writing it,
         it holds something else, or it was begun with settings that give other results than `config`.
         """
+        path = path.resolve()  # a link stays one when the file is written anew
         fd = _open_locked(path)
         try:
             scan = _scan(path, retry_failed)

@@ -20,7 +20,7 @@ def tokenize_prompt(
     the prompt cannot be tokenised.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        return _checked(tokenizer(prompt)["input_ids"], vocab_size, request_id)
     if all(isinstance(item, int) for item in prompt):
         return _checked(prompt, vocab_size, request_id)
     if tokenizer.chat_template is None:
@@ -32,7 +32,7 @@ def tokenize_prompt(
         text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=for_answer)
     except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it may raise anything
         raise RequestError(f'request "{request_id}": the chat template refused it: {error}') from None
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _checked(tokenizer(text, add_special_tokens=False)["input_ids"], vocab_size, request_id)
 
 
 def tokenize_bad_words(
@@ -70,7 +70,8 @@ def check_token_ids(sampling: SamplingParams, vocab_size: int, request_id: str) 
 
 
 def _checked(prompt: Sequence[Any], vocab_size: int, request_id: str) -> list[int]:
-    for token_id in prompt:
+    """A tokenizer may know more tokens than its model."""
+    for token_id in (min(prompt, default=0), max(prompt, default=0)):
         if not 0 <= token_id < vocab_size:
             raise RequestError(
                 f'request "{request_id}": token id {token_id} is not in the vocabulary of {vocab_size}'

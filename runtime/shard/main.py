@@ -141,7 +141,6 @@ class _Shard:
         with checkpoint:
             worker = Worker(self._config, checkpoint, shard_map, group, start.max_model_len)
         worker.allocate(start.num_blocks)
-        group.barrier("start")
         return worker
 
     def _run_plans(self, worker: Worker) -> None:

@@ -11,7 +11,7 @@ import kvshard
 import kvshard.parallel.shared_memory as ring
 from kvshard.kernels import ops
 from kvshard.kernels.cpu import library
-from kvshard.kernels.native import load_library
+from kvshard.kernels.native import NotCompiledError, load_library
 
 ROOT = Path(kvshard.__file__).parent
 SOURCE = Path(ring.__file__).with_name("shared_memory.c")
@@ -50,23 +50,50 @@ def test_a_relative_cache_is_not_taken_for_one(tmp_path: Path, monkeypatch: pyte
 def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    assert load_library(SOURCE) is None
+    with pytest.raises(NotCompiledError, match="there is no compiler"):
+        load_library(SOURCE)
 
 
 def test_a_compiler_that_fails_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nexit 1\n")
-    compiler.chmod(0o755)
+    compilers = tmp_path / "bin"
+    compilers.mkdir()
+    for name in ("cc", "gcc", "clang"):
+        (compilers / name).write_text(
+            "#!/bin/sh\n[ $1 = --version ] && exit\necho x.c:1: error: no >&2\nexit 1\n"
+        )
+        (compilers / name).chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert load_library(SOURCE) is None
+    monkeypatch.setenv("PATH", f"{compilers}:/usr/bin:/bin")
+    with pytest.raises(NotCompiledError, match=r"x\.c:1: error: no"):
+        load_library(SOURCE)
     assert not list((tmp_path / "cache" / "kvshard").iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert load_library(SOURCE) is None
+    with pytest.raises(NotCompiledError, match="Not a directory"):
+        load_library(SOURCE)
+
+
+def test_a_second_compiler_is_asked_where_the_first_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert load_library(SOURCE) is not None
+
+
+def test_why_the_c_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    library._pool.cache_clear()
+    library.load.cache_clear()
+    with pytest.warns(UserWarning, match=r"tape\.c could not be compiled.*there is no compiler"):
+        assert library.load("tape.c") is None
+    library.load.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,18 @@ BAD_CALLS = {
     "x: expected shape with adjacent last elements": lambda: ops.rms_norm(
         torch.zeros(24, 3).t(), torch.zeros(24), 1e-5
     ),
+    "weight: expected shape with adjacent last elements": lambda: ops.rms_norm(
+        torch.zeros(3, 24), torch.zeros(48)[::2], 1e-5
+    ),
+    "positions: expected shape with adjacent last elements": lambda: ops.rotary_kv_write(
+        Q, KV, KV, ANGLES, torch.zeros(6, dtype=torch.int64)[::2], CACHE, LONGS
+    ),
+    "cos_sin: expected a contiguous tensor": lambda: ops.rotary_kv_write(
+        Q, KV, KV, torch.zeros(18, 8)[::2], LONGS, CACHE, LONGS
+    ),
+    "sinks: expected shape with adjacent last elements": lambda: ops.paged_attention(
+        Q, CACHE, META, HEADS, 1.0, sinks=torch.zeros(8)[::2]
+    ),
     "residual: expected shape [3, 24] torch.float32 on cpu, got [3, 24] torch.bfloat16": lambda: (
         ops.add_rms_norm(torch.zeros(3, 24), torch.zeros(3, 24, dtype=torch.bfloat16), torch.zeros(24), 1e-5)
     ),

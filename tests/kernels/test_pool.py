@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import kvshard.kernels.cpu
-from kvshard.kernels.native import load_library
+from kvshard.kernels.native import NotCompiledError, load_library
 
 FOLDER = Path(kvshard.kernels.cpu.__file__).parent
 DEADLINE_S = 60
@@ -23,9 +23,10 @@ _TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 @pytest.fixture(scope="module")
 def share_out() -> Callable[[Callable[[int, int], None], int, int], None]:
     """share_out(task, count, threads), of tasks that are told their number and their thread's."""
-    pool = load_library(FOLDER / "pool.c", exports=True)
-    if pool is None:
-        pytest.skip("no compiler")
+    try:
+        pool = load_library(FOLDER / "pool.c", exports=True)
+    except NotCompiledError as error:
+        pytest.skip(str(error))
 
     def call(task: Callable[[int, int], None], count: int, threads: int) -> None:
         failed: set[int] = set()
@@ -192,7 +193,6 @@ def stress(share_out, tmp_path_factory) -> ctypes.CDLL:
     source = tmp_path_factory.mktemp("pool") / "stress.c"
     source.write_text(STRESS)
     library = load_library(source, f"-I{FOLDER}")
-    assert library is not None
     library.stress.restype = library.outlast.restype = ctypes.c_int64
     return library
 

@@ -172,6 +172,16 @@ def test_a_bad_job_is_one_message_and_nothing_starts(job: Job, options: list[str
     assert job.input.read_bytes() == before
 
 
+def test_an_input_that_takes_in_the_output_is_refused(job: Job) -> None:
+    """Its lines are rows to nobody; and a file that is read while it is written has no end."""
+    assert job.run("--limit", "1").exit_code == 0
+    FakeEngine.started.clear()
+    output = job.output.read_bytes()
+    message = one_message(job.run("--set", "input.path=results/*.jsonl"))
+    assert f"reads {job.output}, which is output.path" in message
+    assert job.output.read_bytes() == output
+
+
 def test_a_missing_or_empty_file_is_a_job_error(job: Job) -> None:
     missing = CliRunner().invoke(app, ["run", "nowhere.yaml"])
     assert "nowhere.yaml" in one_message(missing)

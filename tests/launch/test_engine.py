@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 from models_factory import make_llama
 
-from kvshard.launch.engine import Engine
+from kvshard.launch.engine import Engine, resolve_device
+from kvshard.launch.in_process import InProcessExecutor
 from kvshard.runtime.config import parse_config
 from kvshard.runtime.coordinator.launcher import Placement
-from kvshard.runtime.errors import ConfigError
+from kvshard.runtime.coordinator.remote import CacheSize
+from kvshard.runtime.errors import ConfigError, ShardError
 from kvshard.runtime.messages import ShardJob
+from kvshard.runtime.shard.worker import Worker
 
 
 class IdleLauncher:
@@ -33,6 +37,38 @@ class IdleLauncher:
 
     def close(self, timeout_s: float) -> None:
         self.closed = True
+
+
+def test_a_gpu_that_is_not_there_is_told_for_one_shard_too(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    config = parse_config({"model": str(make_llama(tmp_path)), "device": "cuda"}, "test")
+    with pytest.raises(ConfigError, match="this host has no CUDA device; use device: cpu or auto"):
+        Engine.start(config)
+
+
+@pytest.mark.parametrize(("error", "cause"), [(MemoryError, "MemoryError"), (TimeoutError, "TimeoutError")])
+def test_one_shard_that_fails_is_named_as_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], cause: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("too much")
+
+    monkeypatch.setattr(Worker, "allocate", fail)
+    config = parse_config({"model": str(make_llama(tmp_path)), "device": "cpu", "dtype": "float32"}, "test")
+    executor = InProcessExecutor(config, str(tmp_path), CacheSize(8, 64))
+    with pytest.raises(ShardError, match=f"shard 0 on .* failed at step 0: {cause}: too much"):
+        executor.start()
+
+
+@pytest.mark.parametrize(("local", "device"), [("1", "cuda"), ("2", "cpu")])
+def test_under_torchrun_auto_wants_a_gpu_for_each_shard_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, local: str, device: str
+) -> None:
+    monkeypatch.setattr("kvshard.launch.engine._num_gpus_here", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    config = parse_config({"model": "m", "launcher": "torchrun", "tensor_parallel_size": 2}, "test")
+    assert resolve_device(config).device == device
 
 
 @pytest.mark.parametrize(

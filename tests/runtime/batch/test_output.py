@@ -145,6 +145,17 @@ def test_system_errors_run_again_and_input_errors_are_final(tmp_path: Path) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_a_link_stays_one_when_lines_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    file, link = tmp_path / "big" / "out.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(ok_line("a") + SYSTEM_ERROR)
+    link.symlink_to(file)
+    with OutputFile.open(link, CONFIG) as output:
+        output.write(ok_line("b"))
+    assert link.is_symlink()
+    assert ids(file) == ["a", "b"]
+
+
 def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     script = (

@@ -56,6 +56,14 @@ def test_a_token_id_outside_the_vocabulary_is_refused(
         tokenize_prompt(tokenizer, 5, "a", [1, token_id])
 
 
+@pytest.mark.parametrize("prompt", ["hello", [{"role": "user", "content": "hello"}]])
+def test_a_tokenizer_that_knows_more_than_its_model(
+    tokenizer: PreTrainedTokenizerFast, prompt: str | list[dict[str, str]]
+) -> None:
+    with pytest.raises(RequestError, match=r'request "a": token id \d is not in the vocabulary of 1'):
+        tokenize_prompt(tokenizer, 1, "a", prompt)
+
+
 def test_messages_without_a_template_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
     with pytest.raises(RequestError, match="no chat template; set chat_template or send a prompt"):
