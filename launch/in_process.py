@@ -20,12 +20,12 @@ from ..runtime.models.checkpoint import open_checkpoint
 from ..runtime.observe.memory_plan import host_memory_bytes
 from ..runtime.shard.link import peak_memory_bytes, stacks
 from ..runtime.shard.main import shard_info
-from ..runtime.shard.worker import Worker
+from ..runtime.shard.worker import PendingResult, Worker
 from .local import NO_GPU
 
 
 class InProcessExecutor:
-    """The executor of that shard. A plan runs when its result is asked for."""
+    """The executor of that shard. A GPU is given each plan at once; on CPU one runs when its result is asked for."""
 
     def __init__(self, config: JobConfig, model_path: str, size: CacheSize) -> None:
         assert config.tensor_parallel_size == 1, "only one shard runs in this process"
@@ -33,6 +33,7 @@ class InProcessExecutor:
         self._model_path = model_path
         self._size = size
         self._plans: deque[StepPlan] = deque()
+        self._launched: deque[PendingResult] = deque()  # on a GPU, of those plans
         self._last_step_id = -1
         self.worker: Worker | None = None
 
@@ -58,12 +59,17 @@ class InProcessExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
+        if self._config.device == "cuda":
+            assert self.worker is not None, "start() comes first"
+            with self._told():
+                self._launched.append(self.worker.run(plan))
 
     def result(self) -> StepResult:
         assert self.worker is not None, "start() comes first"
         plan = self._plans.popleft()
         with self._told():
-            result = self.worker.run(plan).wait()
+            pending = self._launched.popleft() if self._launched else self.worker.run(plan)
+            result = pending.wait()
         self._last_step_id = plan.step_id
         return result
 
@@ -84,6 +90,7 @@ class InProcessExecutor:
 
     def close(self) -> None:
         self._plans.clear()
+        self._launched.clear()
         self.worker = None
 
 

@@ -31,10 +31,13 @@ class ShardActor:
         self._failure: str | None = None
         self._device = "cpu"
 
-    def where(self) -> tuple[str, str, list[int]]:
-        """Node id, node address and GPU ids that Ray gave this actor."""
+    def where(self) -> tuple[str, str, list[tuple[int, str]]]:
+        """Node id, node address and the GPUs that Ray gave this actor, in an order that has 2 before 10.
+
+        They are what CUDA_VISIBLE_DEVICES calls them: numbers, or UUIDs of GPUs and of parts of them (MIG).
+        """
         context = ray.get_runtime_context()
-        gpus = [int(gpu) for gpu in context.get_accelerator_ids().get("GPU", [])]
+        gpus = [(len(gpu), gpu) for gpu in context.get_accelerator_ids().get("GPU", [])]
         return context.get_node_id(), ray.util.get_node_ip_address(), gpus
 
     def start(self, job: bytes) -> None:
@@ -198,9 +201,9 @@ class RayLauncher:
         lines.append("lower tensor_parallel_size, add nodes, or wait for other jobs to end")
         return "\n".join(lines)
 
-    def _where(self, actors: list[Any]) -> list[tuple[str, str, list[int]]]:
+    def _where(self, actors: list[Any]) -> list[tuple[str, str, list[tuple[int, str]]]]:
         try:
-            places: list[tuple[str, str, list[int]]] = ray.get(
+            places: list[tuple[str, str, list[tuple[int, str]]]] = ray.get(
                 [actor.where.remote() for actor in actors], timeout=self._config.timeouts.place_s
             )
         except RayError as error:

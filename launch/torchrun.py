@@ -35,6 +35,7 @@ from .run import EXIT_INTERRUPTED, EXIT_JOB_ERROR, GO_ON, execute_job
 
 LENGTH = struct.Struct("<I")
 NO_JOB = b"-"
+JOB_S = 7 * 24 * 3600.0  # for a model to be downloaded before; torchrun ends who waits if rank 0 ends
 JOIN_S = 120.0  # for all workers to come to the store, in seconds
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 ENDED = "torchrun ended the workers; its own log names the first that failed"
@@ -98,7 +99,7 @@ def join_torchrun(config: JobConfig, options: dict[str, Any], report: Path | Non
     # The agent ends workers by SIGTERM; a shard ends when the coordinator says so or is gone.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    job = _wait(store, f"kvshard/job/{rank}", config.timeouts.start_s)
+    job = _wait(store, f"kvshard/job/{rank}", JOB_S)
     if job != NO_JOB:
         _run_shard(ShardJob.from_bytes(job))
     return 0

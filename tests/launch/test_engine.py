@@ -1,6 +1,8 @@
 """Starting an engine: what was started for one that cannot work is given back."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,31 @@ def test_one_shard_that_fails_is_named_as_others_are(
     executor = InProcessExecutor(config, str(tmp_path), CacheSize(8, 64))
     with pytest.raises(ShardError, match=f"shard 0 on .* failed at step 0: {cause}: too much"):
         executor.start()
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cuda", ["launched 0", "launched 1", "waited for 0", "launched 2", "waited for 1"]),
+        ("cpu", ["launched 0", "waited for 0", "launched 1", "waited for 1"]),
+    ],
+)
+def test_one_shard_on_a_gpu_is_given_plans_ahead(tmp_path: Path, device: str, expected: list[str]) -> None:
+    events: list[str] = []
+
+    class FakeWorker:
+        def run(self, plan: Any) -> Any:
+            events.append(f"launched {plan.step_id}")
+            return SimpleNamespace(wait=lambda: events.append(f"waited for {plan.step_id}"))
+
+    config = parse_config({"model": "m", "device": device, "dtype": "float32"}, "test")
+    executor: Any = InProcessExecutor(config, str(tmp_path), CacheSize(8, 64))
+    executor.worker = FakeWorker()
+    executor.submit(SimpleNamespace(step_id=0))
+    for step_id in (1, 2):
+        executor.submit(SimpleNamespace(step_id=step_id))
+        executor.result()
+    assert events == expected
 
 
 @pytest.mark.parametrize(("local", "device"), [("1", "cuda"), ("2", "cpu")])
