@@ -87,4 +87,4 @@ def _plan(
         scale=scale,
         soft_cap=soft_cap or 0.0,
     )
-    return arguments, (first_head, meta)
+    return arguments, first_head  # the rest lives in `meta`, as this plan does

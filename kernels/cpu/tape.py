@@ -117,6 +117,8 @@ class Tape:
         self._noted.append((address, arguments, failed))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.foreign is not None:
+            return torch.empty(shape, dtype=dtype)  # it is not going to be played
         return self._arena.empty(shape, dtype)
 
 

@@ -92,6 +92,14 @@ def test_what_torch_computes_is_noticed(name: str, operation: object) -> None:
         recorded.play()
 
 
+def test_a_step_that_is_not_going_to_be_played_leaves_no_memory_behind() -> None:
+    arena = tape.Arena()
+    with torch.inference_mode(), tape.Tape(arena).recording():
+        numbers(4, 4).clone()
+        assert tape.empty((64,), torch.float32).shape == (64,)
+    assert arena.num_bytes == 0
+
+
 def test_views_are_no_computation() -> None:
     x, recorded = numbers(4, 6), tape.Tape(tape.Arena())
     with torch.inference_mode(), recorded.recording():
