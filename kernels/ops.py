@@ -1,7 +1,8 @@
 """The door to the kernels: formulas, shapes and dtypes of every operation, and the choice of the back end.
 
-Tensors on CUDA go to the Triton kernels, tensors on CPU to C, or to torch where none can be compiled. `reference.py` defines the same operations in
-plain torch. All arithmetic is float32 or better, whatever the dtype of the tensors; each result is rounded once.
+Tensors on CUDA go to the Triton kernels, tensors on CPU to C, or to torch where none can be compiled. `reference.py`
+defines the same operations in plain torch. All arithmetic is float32 or better, whatever the dtype of the tensors; each
+result is rounded once.
 
 T is the number of tokens in a step, D the head dimension, Hq and Hk the query and KV heads of this shard. Each
 function raises ValueError when a shape, dtype or device does not fit; the contents of index tensors (positions,
