@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import settings_page
 import yaml
 
 from kvshard.runtime.config import parse_config
@@ -33,3 +34,8 @@ def test_request_flow_names_files() -> None:
 def test_job_files_in_pages_are_valid(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         parse_config(yaml.safe_load(block), page.name)
+
+
+def test_the_page_of_settings_is_that_of_the_settings() -> None:
+    told = "write it anew: python tests/settings_page.py"
+    assert settings_page.PAGE.read_text(encoding="utf-8") == settings_page.page(), told
