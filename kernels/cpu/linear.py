@@ -16,7 +16,7 @@ from .tape import call, empty, no_memory
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHANNELS = 32  # of a product of tiles
-_MOST_DOTS = 64  # tokens up to which a plain weight is read in C; torch's blocks are better for more
+_MOST_DOTS = 64  # tokens up to which a plain weight is read in C; torch is faster for more, see _fast_in_torch
 _PIECE_BYTES = 64 << 20  # numbers that are made of codes at a time for a product in torch
 
 
@@ -62,8 +62,18 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+@cache
+def _fast_in_torch(dtype: torch.dtype) -> bool:
+    """Whether torch's products of many tokens are fast: for 16 bits that takes AVX-512, else they are 20 times slower."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
 def can_pack(weight: Tensor | WeightCodes) -> bool:
-    """Whether a weight, [N, K], may be packed for the processor's matrix unit, if it has one."""
+    """Whether a weight, [N, K], may be packed: for the matrix unit or the vectors of the processor."""
     width = weight.shape[1]
     fits = weight.dtype == torch.bfloat16 and width > 0 and width % _CHANNELS == 0
     whole = isinstance(weight, WeightCodes) or weight.is_contiguous()
@@ -92,7 +102,8 @@ def linear(
     if packed:
         return _packed(x, weight, bias, dtype)
     strided = isinstance(weight, Tensor) and not weight.is_contiguous()
-    if library is None or x.dtype not in _DTYPES or strided or num_tokens > _MOST_DOTS:
+    many = num_tokens > _MOST_DOTS and _fast_in_torch(x.dtype)
+    if library is None or x.dtype not in _DTYPES or strided or many:
         return _in_torch(x, weight, bias).to(dtype)
     out = empty((num_tokens, weight.shape[0]), dtype)
     call(library.linear_plain, _arguments(x, weight, bias, out), no_memory)

@@ -23,6 +23,12 @@ struct codes {
 
 enum { GROUP = 32 };
 
+#ifdef HAVE_AMX
+enum { PACKS_CODES = 1 };
+#else
+enum { PACKS_CODES = 0 };  // they lie in rows even where numbers would be packed
+#endif
+
 static inline int64_t group_bytes(const struct codes *w) { return GROUP * w->bits / 8; }
 
 // A group's numbers.
@@ -74,12 +80,12 @@ static inline void round_group(const float *x, int64_t format, void *out) {
         }
 }
 
-// A row as numbers of a format. packed: it lies in a packed chunk.
+// A row as numbers of a format. packed: it would lie in a packed chunk.
 static void widen_row_of(const struct codes *w, int64_t row, int packed, int64_t format, void *out) {
     int64_t bytes = format == FLOAT32 ? 4 : 2;
     for (int64_t group = 0; group < w->groups; group++) {
         float x[GROUP];
-        if (packed) widen_packed_group(w, row, group, x);
+        if (packed && PACKS_CODES) widen_packed_group(w, row, group, x);
         else widen_group(w, row, group, x);
         round_group(x, format, (uint8_t *)out + group * GROUP * bytes);
     }

@@ -15,7 +15,11 @@ struct linear {
 // Of a packed W: rows of a tile; rows of W, tokens, or channels of a product of four tiles.
 enum { SIDE = 16, CHUNK = 2 * SIDE };
 
-enum { ROWS = 4, TOKENS = LANES / ROWS };  // rows of W and tokens that meet in registers: a lane of a sum each
+enum {
+    ROWS = 4, TOKENS = LANES / ROWS,  // rows of W and tokens that meet in registers: a lane of a sum each
+    KEPT_TOKENS = 24 << 10,           // bytes of tokens that the first cache keeps while rows pass
+    KEPT_ROWS = 128 << 10             // bytes of rows that the second cache keeps for all tokens
+};
 
 static inline float number(int64_t format, const void *p, int64_t i) {
     switch (format) {
@@ -26,9 +30,18 @@ static inline float number(int64_t format, const void *p, int64_t i) {
 }
 
 // A token as float32, zeros behind it.
-static void widen_row(const struct linear *a, int64_t token, int64_t padded, float *out) {
-    for (int64_t c = 0; c < a->k; c++) out[c] = number(a->format, a->x, token * a->x_stride + c);
-    for (int64_t c = a->k; c < padded; c++) out[c] = 0;
+#define WIDEN(T, LOAD)                                                                                \
+    for (; c + LANES <= a->k; c += LANES) store(out + c, LOAD((const T *)a->x + token * a->x_stride + c)); \
+    break
+static void widen_token(const struct linear *a, int64_t token, int64_t padded, float *out) {
+    int64_t c = 0;
+    switch (a->format) {
+    case FLOAT32: WIDEN(float, load);
+    case BFLOAT16: WIDEN(uint16_t, load_bf16);
+    default: WIDEN(_Float16, load_f16);
+    }
+    for (; c < a->k; c++) out[c] = number(a->format, a->x, token * a->x_stride + c);
+    for (; c < padded; c++) out[c] = 0;
 }
 
 static inline void write_dot(const struct linear *a, int64_t token, int64_t row, float sum) {
@@ -39,46 +52,55 @@ static inline void write_dot(const struct linear *a, int64_t token, int64_t row,
     else ((_Float16 *)a->out)[at] = (_Float16)sum;
 }
 
-// Rows first .. end - 1 of W, which lie at `stored`, with all tokens. Rows and tokens that are missing repeat the last one, and are not written.
-#define DEFINE_DOTS(NAME, T, LOAD)                                                                                    \
-    static void NAME(const struct linear *a, const float *x, int64_t padded, const void *stored, int64_t first, int64_t end) {\
-        int64_t whole = a->k / LANES * LANES, rest = a->k - whole;                                                    \
-        for (int64_t row = first; row < end; row += ROWS) {                                                           \
-            const T *w[ROWS];                                                                                         \
-            T last[ROWS][LANES];                                                                                      \
-            memset(last, 0, sizeof last);                                                                             \
-            for (int64_t i = 0; i < ROWS; i++) {                                                                      \
-                w[i] = (const T *)stored + (min64(row + i, end - 1) - first) * a->k;                                  \
-                memcpy(last[i], w[i] + whole, (size_t)rest * sizeof(T));                                              \
-            }                                                                                                         \
-            for (int64_t token = 0; token < a->num_tokens; token += TOKENS) {                                         \
-                const float *in[TOKENS];                                                                              \
-                vf sums[LANES] = {};                                                                                  \
-                for (int64_t i = 0; i < TOKENS; i++) in[i] = x + min64(token + i, a->num_tokens - 1) * padded;        \
-                for (int64_t c = 0; c < padded; c += LANES) {                                                         \
-                    vf tokens[TOKENS];                                                                                \
-                    _Pragma("GCC unroll 4") for (int i = 0; i < TOKENS; i++) tokens[i] = load(in[i] + c);             \
-                    _Pragma("GCC unroll 4") for (int i = 0; i < ROWS; i++) {                                          \
-                        vf weights = c < whole ? LOAD(w[i] + c) : LOAD(last[i]);                                      \
-                        _Pragma("GCC unroll 4") for (int j = 0; j < TOKENS; j++)                                      \
-                            sums[i * TOKENS + j] += weights * tokens[j];                                              \
-                    }                                                                                                 \
-                }                                                                                                     \
-                vf all = fold(sums);                                                                                  \
-                for (int64_t i = 0; i < min64(ROWS, end - row); i++)                                                  \
-                    for (int64_t j = 0; j < min64(TOKENS, a->num_tokens - token); j++)                                \
-                        write_dot(a, token + j, row + i, all[i * TOKENS + j]);                                        \
-            }                                                                                                         \
-        }                                                                                                             \
+// Rows of W and tokens that meet: W's rows first .. end - 1 lie at `stored`, and the tokens, `count` from the one called
+// `token`, at x.
+struct meeting {
+    const void *stored;
+    int64_t first, end;
+    const float *x;  // [count, padded]
+    int64_t padded, token, count;
+};
+
+// Rows and tokens that are missing repeat the last one, and are not written.
+#define DEFINE_DOTS(NAME, T, LOAD)                                                                        \
+    static void NAME(const struct linear *a, const struct meeting *m) {                                   \
+        int64_t whole = a->k / LANES * LANES, rest = a->k - whole;                                        \
+        for (int64_t row = m->first; row < m->end; row += ROWS) {                                         \
+            const T *w[ROWS];                                                                             \
+            T last[ROWS][LANES];                                                                          \
+            memset(last, 0, sizeof last);                                                                 \
+            for (int64_t i = 0; i < ROWS; i++) {                                                          \
+                w[i] = (const T *)m->stored + (min64(row + i, m->end - 1) - m->first) * a->k;             \
+                memcpy(last[i], w[i] + whole, (size_t)rest * sizeof(T));                                  \
+            }                                                                                             \
+            for (int64_t t = 0; t < m->count; t += TOKENS) {                                              \
+                const float *in[TOKENS];                                                                  \
+                vf sums[LANES] = {};                                                                      \
+                for (int64_t i = 0; i < TOKENS; i++) in[i] = m->x + min64(t + i, m->count - 1) * m->padded; \
+                for (int64_t c = 0; c < m->padded; c += LANES) {                                          \
+                    vf tokens[TOKENS];                                                                    \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < TOKENS; i++) tokens[i] = load(in[i] + c); \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < ROWS; i++) {                              \
+                        vf weights = c < whole ? LOAD(w[i] + c) : LOAD(last[i]);                          \
+                        _Pragma("GCC unroll 4") for (int j = 0; j < TOKENS; j++)                          \
+                            sums[i * TOKENS + j] += weights * tokens[j];                                  \
+                    }                                                                                     \
+                }                                                                                         \
+                vf all = fold(sums);                                                                      \
+                for (int64_t i = 0; i < min64(ROWS, m->end - row); i++)                                   \
+                    for (int64_t j = 0; j < min64(TOKENS, m->count - t); j++)                             \
+                        write_dot(a, m->token + t + j, row + i, all[i * TOKENS + j]);                     \
+            }                                                                                             \
+        }                                                                                                 \
     }
 DEFINE_DOTS(float32_dots, float, load)
 DEFINE_DOTS(bfloat16_dots, uint16_t, load_bf16)
 DEFINE_DOTS(float16_dots, _Float16, load_f16)
 
-static void dots(const struct linear *a, const float *x, int64_t padded, const void *stored, int64_t first, int64_t end) {
+static void dots(const struct linear *a, const struct meeting *m) {
     switch (a->format) {
-    case FLOAT32: float32_dots(a, x, padded, stored, first, end); break;
-    case BFLOAT16: bfloat16_dots(a, x, padded, stored, first, end); break;
-    default: float16_dots(a, x, padded, stored, first, end);
+    case FLOAT32: float32_dots(a, m); break;
+    case BFLOAT16: bfloat16_dots(a, m); break;
+    default: float16_dots(a, m);
     }
 }

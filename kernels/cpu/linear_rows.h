@@ -34,16 +34,13 @@ int linear_rows(const struct rows *a) {
         }
         int packed = a->packed && row < a->n / 32 * 32;
         if (a->codes.bits) widen_row_of(&a->codes, row, packed, a->format, out);
-#ifdef HAVE_AMX
         else if (packed) {
             int64_t chunk = row / CHUNK, in_chunk = row % CHUNK;
             const uint16_t *pairs = (const uint16_t *)a->w + chunk * CHUNK * a->k;
             pairs += in_chunk / SIDE * SIDE * CHUNK + in_chunk % SIDE * 2;
             for (int64_t pair = 0; pair < a->k / 2; pair++)
                 memcpy(out + 4 * pair, pairs + pair / SIDE * CHUNK * CHUNK + pair % SIDE * CHUNK, 4);
-        }
-#endif
-        else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
+        } else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
         if (a->scale != 1) scale_numbers(a, out);
     }
     return 0;

@@ -4,8 +4,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -37,10 +39,18 @@ static inline vi load_integers(const int32_t *p) {
     return v;
 }
 static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)  // GCC would add x to zeros
+static inline vf splat(float x) { return (vf)_mm512_set1_ps(x); }
+#elif defined(__AVX__)
+static inline vf splat(float x) { return (vf)_mm256_set1_ps(x); }
+#else
 static inline vf splat(float x) { return (vf){} + x; }
+#endif
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 #if defined(__AVX512F__)
 static inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }  // b if either is NaN
+#elif defined(__AVX__)
+static inline vf larger(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
 static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
 #endif
@@ -104,6 +114,12 @@ static inline vu wide_u8(const uint8_t *p) { return (vu)_mm512_cvtepu8_epi32(_mm
 static inline vi wide_i8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
 static inline vf to_float(vi x) { return (vf)_mm512_cvtepi32_ps((__m512i)x); }
 static inline vf load_f16(const _Float16 *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+#elif defined(__AVX2__) && defined(__F16C__)
+static inline vu wide_u16(const uint16_t *p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)); }
+static inline vu wide_u8(const uint8_t *p) { return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)); }
+static inline vi wide_i8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)); }
+static inline vf to_float(vi x) { return (vf)_mm256_cvtepi32_ps((__m256i)x); }
+static inline vf load_f16(const _Float16 *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 #else
 #define WIDE(NAME, FROM, TO)                     \
     static inline TO NAME(const void *p) {       \
