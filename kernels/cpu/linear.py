@@ -16,7 +16,7 @@ from .tape import call, empty, no_memory
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHANNELS = 32  # of a product of tiles
-_MOST_DOTS = 64  # tokens up to which a plain weight is read in C; torch is faster for more, see _fast_in_torch
+_MOST_DOTS = 64  # tokens up to which a plain weight is read in C; see _fast_in_torch
 _PIECE_BYTES = 64 << 20  # numbers that are made of codes at a time for a product in torch
 
 
