@@ -53,9 +53,9 @@ class _Rows(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library(*more_flags: str) -> ctypes.CDLL | None:
     """None without a compiler."""
-    library = load("linear.c")
+    library = load("linear.c", *more_flags)
     if library is not None:
         library.linear_pack.argtypes = [_POINTER, _INT, _INT]
         library.linear_pack_codes.argtypes = [_POINTER, _INT]

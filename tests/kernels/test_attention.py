@@ -9,6 +9,8 @@ from kvshard.kernels.cache import KVLayer
 from kvshard.kernels.cpu import attention as cpu_attention
 from kvshard.kernels.metadata import AttentionMetadata
 
+from .processors import OTHER_PROCESSORS, load_for
+
 SHAPES = {
     "decode at block edges": {"query_lens": (1, 1, 1, 1), "context_lens": (1, 15, 16, 17)},
     "decode, ragged lengths": {"query_lens": (1, 1, 1), "context_lens": (3, 300, 40), "q_per_kv": (2, 1)},
@@ -178,12 +180,11 @@ def test_nan_of_one_row_stays_there(backend, attention_case, format):
     assert_within(got[1:], expected[1:], "attention")
 
 
+@pytest.mark.parametrize("flag", ["-mno-amx-bf16", *OTHER_PROCESSORS])
 @pytest.mark.parametrize("format", ["auto", "int8", "fp8", "int4"])
-def test_cpu_without_a_matrix_unit(attention_case, monkeypatch, format):
+def test_cpu_without_a_matrix_unit(attention_case, monkeypatch, format, flag):
     """What processors without AMX run, bfloat16 in float32 vectors, also where there is one."""
-    library = cpu_attention.load("attention.c", "-mno-amx-bf16")
-    if library is None:
-        pytest.skip("no compiler that knows -mno-amx-bf16")
+    library = load_for(flag, lambda: cpu_attention.load("attention.c", flag))
     monkeypatch.setattr(cpu_attention, "load", lambda *_: library)
     for name in ("decode and prefill", "window inside a block", "head_dim 80"):
         case = attention_case(**SHAPES[name], dtype=torch.bfloat16, format=format)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvshard.kernels.cpu import linear as cpu_linear
 from kvshard.kernels.linear_ops import LinearWeight, embedding, linear
 from kvshard.kernels.weight_codes import WeightCodes
 
 from ..tolerances import assert_within
+from .processors import OTHER_PROCESSORS, load_for
 
 TOKENS = (1, 5, 16, 17, 32, 33, 70)  # tiles are of 16 and 32
 ROWS = (7, 32, 83, 960)
@@ -28,12 +30,23 @@ def assert_differs(got: Tensor, expected: Tensor) -> None:
         assert_within(got, expected, "product")
 
 
-needs_matrix_unit = pytest.mark.skipif(
-    not LinearWeight.take(torch.zeros(32, 32, dtype=torch.bfloat16)).packed,
-    reason="no matrix unit, so nothing is packed",
-)
+def is_packed() -> bool:
+    return LinearWeight.take(torch.zeros(32, 32, dtype=torch.bfloat16)).packed
 
 
+needs_packing = pytest.mark.skipif(not is_packed(), reason="this processor packs nothing")
+
+
+@pytest.fixture(params=["native", *OTHER_PROCESSORS])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """This one and older ones, whose vectors are of 8 and 4 numbers."""
+    if request.param != "native":
+        library = load_for(request.param, lambda: cpu_linear._library(request.param))
+        monkeypatch.setattr(cpu_linear, "_library", lambda: library)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize(
@@ -53,6 +66,7 @@ def test_products(taken: bool, dtype: torch.dtype, num_rows: int, width: int) ->
             assert_within(linear(x, weight, bias, dtype=torch.float32), expected.float(), "product")
 
 
+@pytest.mark.usefixtures("processor")
 def test_any_wrong_number_is_seen() -> None:
     """One number of the weight, the bias or the input changed, at a border of tiles or in the last, partly filled one."""
     w, bias, x = numbers(83, 96, seed=1), numbers(83, seed=2), numbers(33, 96, seed=3)
@@ -74,7 +88,7 @@ def test_any_wrong_number_is_seen() -> None:
 @pytest.mark.parametrize(
     ("packed", "dtype"),
     [
-        pytest.param(True, torch.bfloat16, marks=needs_matrix_unit),
+        (True, torch.bfloat16),
         (False, torch.bfloat16),
         (False, torch.float32),
         (False, torch.float16),
@@ -82,12 +96,15 @@ def test_any_wrong_number_is_seen() -> None:
     ids=["packed", "bfloat16", "float32", "float16"],
 )
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("width", [576, 1952], ids=["one panel", "four panels"])
+@pytest.mark.parametrize("width", [576, 1952, 4128], ids=["one panel", "four panels", "eight panels"])
+@pytest.mark.usefixtures("processor")
 def test_a_token_has_the_same_bits_in_any_batch(
     width: int, num_threads: int, packed: bool, dtype: torch.dtype
 ) -> None:
+    if packed and not is_packed():
+        pytest.skip("this processor packs nothing")
     tokens = 70 if packed else IN_C
-    w, x = numbers(83, width, seed=1).to(dtype), numbers(tokens, width, seed=3).to(dtype)
+    w, x = numbers(83, width, seed=1).to(dtype), numbers(tokens, width, seed=3).to(dtype) / 4
     weight = LinearWeight.take(w.clone()) if packed else LinearWeight(w)
     whole = linear(x, weight, dtype=torch.float32)
     assert_within(whole, exact(x, w, torch.zeros(83)).float(), "product")
@@ -100,7 +117,7 @@ def test_a_token_has_the_same_bits_in_any_batch(
         torch.set_num_threads(before)
 
 
-@needs_matrix_unit
+@needs_packing
 def test_broken_tokens_harm_no_others() -> None:
     weight, x = LinearWeight.take(numbers(83, 96, seed=1)), numbers(33, 96, seed=3)
     whole = linear(x, weight)
@@ -119,7 +136,7 @@ def test_rows_of_any_stride() -> None:
     assert_within(got, exact(x, w, bias).bfloat16(), "product")
 
 
-@needs_matrix_unit
+@needs_packing
 @pytest.mark.parametrize("bits", [16, 8], ids=["numbers", "codes"])
 def test_more_rows_than_are_kept(bits: int) -> None:
     """A matrix that is met in several parts, each in several panels."""
