@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
 from .models.weight_formats import Quantization
 from .sampling_params import SamplingParams
+from .yaml_text import read_yaml
 
 Task = Literal["generate", "score"]
 
@@ -201,10 +201,10 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> JobCo
     Relative input, output, model, tokenizer and template paths are taken from the job file's folder.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the job file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`, not {type(values).__name__}")
@@ -221,8 +221,8 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"--set {pair}: write key.sub=value")
         try:
-            overrides[key.strip()] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
+            overrides[key.strip()] = read_yaml(text)
+        except ValueError as error:
             raise ConfigError(f"--set {pair}: {error}") from None
     return overrides
 

@@ -56,13 +56,16 @@ class RemoteExecutor:
         config = self._config
         placements = self._launcher.place(config.device)
         self._hosts = [placement.host for placement in placements]
+        address = self._address(placements)
         self._channel = ControlChannel(
-            address=self._address(placements),
+            address=address,
             high_water_mark=config.scheduler.run_ahead + 16,
             send_timeout_s=config.timeouts.step_s,
         )
-        job_id = secrets.token_hex(4)
-        self._launcher.start([self._job(job_id, rank, placements) for rank in range(len(placements))])
+        job_id, store_host = secrets.token_hex(4), _store_host(placements, address)
+        self._launcher.start(
+            [self._job(job_id, rank, placements, store_host) for rank in range(len(placements))]
+        )
 
     def start(self) -> list[ShardInfo]:
         if self._channel is None:
@@ -128,9 +131,8 @@ class RemoteExecutor:
         elsewhere = [placement.host for placement in placements if not placement.same_host]
         return interface_address(self._config.network.interface, elsewhere[0]) if elsewhere else None
 
-    def _job(self, job_id: str, rank: int, placements: list[Placement]) -> ShardJob:
+    def _job(self, job_id: str, rank: int, placements: list[Placement], store_host: str) -> ShardJob:
         assert self._channel is not None, "the channel is bound before jobs are made"
-        one_host = all(placement.host == placements[0].host for placement in placements)
         return ShardJob(
             job_id=job_id,
             epoch=0,
@@ -141,7 +143,7 @@ class RemoteExecutor:
             config_json=self._config.model_dump_json(),
             model_path=self._model_path,
             device=placements[rank].device,
-            store_host="127.0.0.1" if one_host else placements[0].host,
+            store_host=store_host,
         )
 
     def _check_agreement(self, hellos: dict[int, Hello]) -> None:
@@ -276,3 +278,10 @@ class RemoteExecutor:
         elif kind is Kind.CHECK:
             _, step_id, checksum = unpack(payload)
             self._checks.setdefault(step_id, []).append((rank, checksum))
+
+
+def _store_host(placements: list[Placement], address: str | None) -> str:
+    """How shards reach the host of rank 0. Its own name may mean loopback there, so an address that others reach comes first."""
+    if all(placement.host == placements[0].host for placement in placements):
+        return "127.0.0.1"
+    return address if address is not None and placements[0].same_host else placements[0].host

@@ -193,6 +193,8 @@ def test_absolute_paths_stay(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("model: [", "is not valid YAML"),
+        ("model: demo\nseed: 1\nmodel: tiny", "is not valid YAML: model is set twice"),
+        ("model: demo\nscheduler: {run_ahead: 0, run_ahead: 1}", "run_ahead is set twice"),
         ("model: demo\nrevision: 2024-13-45", "is not valid YAML: month must be in 1..12"),
         ("model: demo\ntimeouts: {step_s: .inf}", "timeouts.step_s=inf"),
         ("- model", "must hold settings as `key: value`, not list"),

@@ -10,6 +10,8 @@ from fake_launcher import SIZE, WAIT_S, Behaviour, FakeLauncher
 
 import kvshard
 from kvshard.runtime.config import parse_config
+from kvshard.runtime.coordinator import remote
+from kvshard.runtime.coordinator.launcher import Placement
 from kvshard.runtime.coordinator.plan import StepPlan
 from kvshard.runtime.coordinator.remote import CacheSize, RemoteExecutor
 from kvshard.runtime.errors import ConfigError, ShardError
@@ -189,3 +191,19 @@ def test_a_report_that_comes_while_the_slowest_is_looked_for_counts(monkeypatch:
 def test_a_launcher_without_room_is_closed_all_the_same() -> None:
     with executor_of(place_error="no room") as (executor, _), pytest.raises(ConfigError, match="no room"):
         executor.start()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "address", "expected"),
+    [
+        ((("a", True), ("a", True)), None, "127.0.0.1"),
+        ((("a", False), ("a", False)), "10.0.0.1", "127.0.0.1"),
+        ((("a", True), ("b", False)), "10.0.0.1", "10.0.0.1"),
+        ((("b", False), ("a", True)), "10.0.0.1", "b"),
+    ],
+    ids=["one host", "one host, not the coordinator's", "the coordinator's host first", "it last"],
+)
+def test_where_shards_meet(hosts: tuple[tuple[str, bool], ...], address: str | None, expected: str) -> None:
+    """On many systems a host's own name means its loopback address there, which no other host can reach."""
+    placements = [Placement(host, same_host, "cpu") for host, same_host in hosts]
+    assert remote._store_host(placements, address) == expected
