@@ -1,6 +1,5 @@
 """One shard in the coordinator's own process. Imports torch, which the coordinator itself does not need."""
 
-import os
 import socket
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from ..runtime.coordinator.plan import StepPlan, StepResult
 from ..runtime.coordinator.remote import CacheSize
 from ..runtime.errors import ConfigError, ShardError
 from ..runtime.models.checkpoint import open_checkpoint
-from ..runtime.observe.memory_plan import host_memory_bytes
+from ..runtime.observe.host import host_cores, host_memory_bytes
 from ..runtime.shard.link import peak_memory_bytes, stacks
 from ..runtime.shard.main import shard_info
 from ..runtime.shard.worker import PendingResult, Worker
@@ -47,7 +46,7 @@ class InProcessExecutor:
     def _start(self) -> list[ShardInfo]:
         config = self._config
         device = torch.device(config.device)
-        threads = config.threads_per_shard or len(os.sched_getaffinity(0))
+        threads = config.threads_per_shard or host_cores()
         torch.set_num_threads(threads)
         with open_checkpoint(Path(self._model_path)) as checkpoint:
             shard_map = ShardMap.build(checkpoint.spec.dims, 1)

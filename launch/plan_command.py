@@ -20,11 +20,11 @@ from ..runtime.models.fields import Fields
 from ..runtime.models.resolve import resolve_model
 from ..runtime.models.spec import ModelSpec
 from ..runtime.models.weight_formats import WeightFormats
+from ..runtime.observe.host import host_memory_bytes
 from ..runtime.observe.memory_plan import (
     DeviceKind,
     MemoryPlan,
     build_shard_map,
-    host_memory_bytes,
     memory_fraction,
     plan_memory,
 )

@@ -137,7 +137,9 @@ class JobConfig(_Section):
         None, description="relative share of the work of each shard; null: equal"
     )
     threads_per_shard: int | None = Field(
-        None, ge=1, description="CPU threads a shard; null: cores of its host / shards on it, at least 1"
+        None,
+        ge=1,
+        description="CPU threads a shard; null: cores of its host or container / shards there, at least 1",
     )
     launcher: Literal["local", "ray", "torchrun"] = Field("local", description="what starts the shards")
     device: Literal["auto", "cpu", "cuda"] = Field(

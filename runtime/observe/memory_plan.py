@@ -23,10 +23,7 @@ with heads, columns and rows of the largest shard, since collectives are padded 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 from ...parallel.shard_map import ShardMap
 from ..config import CacheConfig, JobConfig
@@ -41,7 +38,6 @@ DeviceKind = Literal["cpu", "cuda"]
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
 
 _MIB = 2**20
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,6 @@ def resolve_dtype(dtype: str, device_kind: DeviceKind) -> str:
     if dtype != "auto":
         return dtype
     return "bfloat16" if device_kind == "cuda" else "float32"
-
-
-def host_memory_bytes() -> int:
-    """Memory of this host, or of the container it is seen from when that is less."""
-    total: int = psutil.virtual_memory().total
-    limit = _CGROUP_LIMIT.read_text().strip() if _CGROUP_LIMIT.exists() else "max"
-    return total if limit == "max" else min(total, int(limit))
 
 
 def build_shard_map(config: JobConfig, spec: ModelSpec) -> ShardMap:

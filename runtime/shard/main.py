@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.distributed import Store, TCPStore
 
@@ -22,7 +21,7 @@ from ..coordinator.plan import decode_plan, encode_result
 from ..errors import ConfigError
 from ..messages import Hello, Kind, ShardJob, Start, pack, unpack
 from ..models.checkpoint import Checkpoint, open_checkpoint
-from ..observe.memory_plan import host_memory_bytes
+from ..observe.host import host_cores, host_memory_bytes
 from .link import Link
 from .worker import PendingResult, Worker
 
@@ -107,7 +106,7 @@ class _Shard:
             host_id=host_id(),
             device_id=device_id,
             pid=os.getpid(),
-            num_cores=len(psutil.Process().cpu_affinity() or [0]),
+            num_cores=host_cores(),
             memory_bytes=memory,
             store=f"{store.host}:{store.port}" if store is not None else "",
         )
