@@ -70,7 +70,7 @@ class InstantExecutor:
         self.result_at = time.perf_counter_ns()
         plan = self._plans.popleft()
         token_ids = np.where(plan.row_samples, plan.step_id % 1000, NO_TOKEN).astype(np.int32)
-        result = StepResult(0, plan.step_id, token_ids, None, 0.0)
+        result = StepResult(0, plan.step_id, token_ids, None)
         self.answered_at = time.perf_counter_ns()
         return result
 
@@ -117,7 +117,7 @@ def measure_steps(num_steps: int) -> tuple[Samples, StepPlan]:
 def answer_to(payload: bytes, rank: int) -> tuple[Kind, bytes]:
     """What a shard sends back for a plan."""
     plan = decode_plan(payload)
-    result = StepResult(plan.epoch, plan.step_id, plan.row_slots, None, 0.0)
+    result = StepResult(plan.epoch, plan.step_id, plan.row_slots, None)
     if rank == 0:
         return Kind.RESULT, encode_result(result)
     return Kind.CHECK, result.checksum().to_bytes(4, "little")

@@ -120,7 +120,6 @@ class StepResult:
     step_id: int
     token_ids: Int32  # [num_rows], or NO_TOKEN
     logprobs: LogprobTable | None  # of the rows that sample; None when no row asked
-    forward_ms: float
     prompt_logprobs: LogprobTable | None = None  # of the plan's targets; None without any
 
     def checksum(self) -> int:
@@ -224,20 +223,17 @@ def decode_plan(data: bytes) -> StepPlan:
 
 def encode_result(result: StepResult) -> bytes:
     tables = [None if table is None else table.pack() for table in (result.logprobs, result.prompt_logprobs)]
-    packed: bytes = msgpack.packb(
-        (result.epoch, result.step_id, _bytes(result.token_ids), tables, result.forward_ms)
-    )
+    packed: bytes = msgpack.packb((result.epoch, result.step_id, _bytes(result.token_ids), tables))
     return packed
 
 
 def decode_result(data: bytes) -> StepResult:
-    epoch, step_id, token_ids, tables, forward_ms = msgpack.unpackb(data)
+    epoch, step_id, token_ids, tables = msgpack.unpackb(data)
     logprobs, prompt_logprobs = (None if table is None else LogprobTable.unpack(table) for table in tables)
     return StepResult(
         epoch=epoch,
         step_id=step_id,
         token_ids=_int32(token_ids),
         logprobs=logprobs,
-        forward_ms=forward_ms,
         prompt_logprobs=prompt_logprobs,
     )

@@ -259,7 +259,7 @@ class Scheduler:
             SentPlan(plan.step_id, first, slots, serials, plan.row_samples, requests, num_targets)
         )
         self._next_step_id += 1
-        self._stats.count_plan(plan.num_tokens, builder.num_chunks, self.blocks.num_used_layer_blocks)
+        self._stats.count_plan(plan.num_tokens, self.blocks.num_used_layer_blocks)
 
     def _preempt(self, request: Request) -> None:
         request.num_preemptions += 1

@@ -9,7 +9,6 @@ class CoordinatorStats:
 
     num_steps: int = 0  # plans sent
     num_token_steps: int = 0  # tokens run through the model, recomputed ones again
-    num_prefill_chunks: int = 0
     num_chunked_prompts: int = 0  # prefills that took more than one plan
     num_preemptions: int = 0
     num_cached_prompt_tokens: int = 0  # found in the cache when their requests were first admitted ...
@@ -22,11 +21,10 @@ class CoordinatorStats:
     max_plans_in_flight_ahead: int = 0  # plans sent beyond the one whose result was awaited
     peak_used_layer_blocks: int = 0  # of the cache, each layer's counted for itself
 
-    def count_plan(self, num_tokens: int, num_chunks: int, num_used_layer_blocks: int) -> None:
+    def count_plan(self, num_tokens: int, num_used_layer_blocks: int) -> None:
         """Note a plan that has been sent, and the blocks in use from then on."""
         self.num_steps += 1
         self.num_token_steps += num_tokens
-        self.num_prefill_chunks += num_chunks
         self.peak_used_layer_blocks = max(self.peak_used_layer_blocks, num_used_layer_blocks)
 
     def count_lookup(self, num_cached: int, num_prompt: int) -> None:

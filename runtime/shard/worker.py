@@ -95,14 +95,13 @@ class Worker:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> "PendingResult":
         """Launch one step. On CUDA the result is still being computed when this returns."""
-        started = _Clock(self.device)
         inputs = self.slots.apply(plan)
         for opened in plan.opened:
             self._sampler.open(opened.slot, opened.sampling)
         if plan.copied:
             self.cache.copy(plan.copied)
         hidden = self._steps.forward(inputs)
-        pending = PendingResult(plan, self.device, self._config.timeouts.step_s, started)
+        pending = PendingResult(plan, self.device, self._config.timeouts.step_s)
         if plan.targets is not None:
             pending.fetch_prompt(self._prompt_logprobs(hidden, plan.targets))
         if len(inputs.sample_slots):
@@ -127,34 +126,16 @@ class Worker:
         return LogprobTensors(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
-class _Clock:
-    """Time since it was made, in the stream's order: events on CUDA, the host's clock elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self._start = time.perf_counter()
-        if self._event is not None:
-            self._event.record()
-
-    def until(self, end: torch.cuda.Event | None) -> float:
-        """Milliseconds up to `end`, or up to now without one."""
-        if self._event is None or end is None:
-            return (time.perf_counter() - self._start) * 1e3
-        return float(self._event.elapsed_time(end))
-
-
 class PendingResult:
     """A launched step whose tokens may still be on their way from the device."""
 
-    def __init__(self, plan: StepPlan, device: torch.device, deadline_s: float, clock: _Clock) -> None:
+    def __init__(self, plan: StepPlan, device: torch.device, deadline_s: float) -> None:
         self._plan = plan
         self._deadline_s = deadline_s
-        self._clock = clock
         self._token_ids: torch.Tensor | None = None
         self._logprobs: LogprobTensors | None = None
         self._prompt_logprobs: LogprobTensors | None = None
-        self._done = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        self._forward_ms = 0.0
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
 
     def fetch(self, token_ids: torch.Tensor, logprobs: LogprobTensors | None) -> None:
         """Start the copies to the host; nothing waits for them here."""
@@ -168,8 +149,6 @@ class PendingResult:
     def finish(self) -> None:
         if self._done is not None:
             self._done.record()
-        else:
-            self._forward_ms = self._clock.until(None)
 
     def done_before(self, interrupted: Callable[[], bool]) -> bool:
         """Wait until the device is done (True), or `interrupted` says that there is something else to do (False).
@@ -192,8 +171,6 @@ class PendingResult:
     def wait(self) -> StepResult:
         """The result. Raises TimeoutError when the device is not done within the step's deadline."""
         self.done_before(lambda: False)
-        if self._done is not None:
-            self._forward_ms = self._clock.until(self._done)
         samples = self._plan.row_samples
         token_ids: Int32 = np.full(len(samples), NO_TOKEN, np.int32)
         if self._token_ids is not None:
@@ -203,7 +180,6 @@ class PendingResult:
             self._plan.step_id,
             token_ids,
             _table(self._logprobs),
-            self._forward_ms,
             _table(self._prompt_logprobs),
         )
 

@@ -129,7 +129,7 @@ class FakeLauncher:
         elif behaviour.answers_plans:
             plan = decode_plan(payload)
             tokens = np.full(plan.num_rows, behaviour.token, np.int32)
-            result = StepResult(plan.epoch, plan.step_id, tokens, None, 1.0)
+            result = StepResult(plan.epoch, plan.step_id, tokens, None)
             if rank == 0:
                 yield Kind.RESULT, encode_result(result)
             else:

@@ -173,7 +173,7 @@ class FakeShards:
             [place for place, samples in zip(results, plan.row_samples, strict=True) if samples]
         )
         prompt_logprobs = None if plan.targets is None else self._score(plan.targets, written)
-        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, 0.0, prompt_logprobs)
+        return StepResult(self.epoch, plan.step_id, token_ids, logprobs, prompt_logprobs)
 
     def _write(self, slot_id: int, slot: _Slot, new: list[int]) -> None:
         size = self.limits.block_size

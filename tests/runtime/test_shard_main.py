@@ -15,7 +15,7 @@ from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.messages import Kind, ShardJob, unpack
 from kvshard.runtime.models.fields import CheckpointError
 from kvshard.runtime.shard import main
-from kvshard.runtime.shard.worker import PendingResult, _Clock
+from kvshard.runtime.shard.worker import PendingResult
 
 CPU = torch.device("cpu")
 JOB = ShardJob(
@@ -72,7 +72,7 @@ class FakeDevice:
 
     def run(self, plan: StepPlan) -> PendingResult:
         self.events.append(f"launched {plan.step_id}")
-        pending = PendingResult(plan, CPU, 5.0, _Clock(CPU))
+        pending = PendingResult(plan, CPU, 5.0)
         pending.finish()
         pending._done = self  # type: ignore[assignment]
         return pending

@@ -80,7 +80,7 @@ class FakeExecutor:
         if plan.targets is not None:
             of_prompts = _table(plan.targets.token_ids, [-0.5] * len(plan.targets.token_ids))
         table = _table(token_ids[plan.row_samples], logprobs)
-        return StepResult(plan.epoch, plan.step_id, token_ids, table, 0.0, of_prompts)
+        return StepResult(plan.epoch, plan.step_id, token_ids, table, of_prompts)
 
     def health(self) -> list[ShardHealth]:
         return [ShardHealth(0, self.num_results, 3 * 2**30)]

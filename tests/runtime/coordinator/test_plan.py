@@ -127,7 +127,7 @@ TABLE = LogprobTable(
 
 @pytest.mark.parametrize("logprobs", [None, TABLE, TABLE.part(0, 2, 0), TABLE.part(1, 1, 2)])
 def test_result_round_trip(logprobs: LogprobTable | None) -> None:
-    result = StepResult(3, 2**33, np.array([5, -1, 2**31 - 1], np.int32), logprobs, 1.25)
+    result = StepResult(3, 2**33, np.array([5, -1, 2**31 - 1], np.int32), logprobs)
     got = decode_result(encode_result(result))
     assert_same(got, result)
     assert got.checksum() == result.checksum()
