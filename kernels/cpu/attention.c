@@ -101,10 +101,8 @@ static void read_queries(const struct attention *a, const struct item *it, int64
     q->factor = (float)(a->soft_cap > 0 ? 2 * a->scale / a->soft_cap * LOG2_E : a->scale * LOG2_E);
     q->rows = queries_of(it) * heads;
     float row[MAX_DIM] = {};
-    uint16_t *halves = q->halves;
 #ifdef HAVE_AMX
-    uint16_t few[GROUP * MAX_DIM];
-    if (q->rows <= GROUP) halves = few;
+    uint16_t few[GROUP * MAX_DIM], *halves = q->rows <= GROUP ? few : q->halves;
     float gain = has_gain(a->cache_format) ? GAIN_IN : 1;
 #endif
     for (int64_t m = 0; m < q->rows; m++) {
