@@ -151,18 +151,18 @@ static void sum_piece(const struct ring *g, int dtype, void *out, int64_t num_by
 struct collective {
     struct ring *ring;
     uint8_t *x, *out;
-    int64_t num_bytes, dtype;
+    int64_t num_tokens, token_bytes, dtype;
 };
 
-// dtype BYTES gathers x of every rank into out [world_size][num_bytes]; any other sums in place (out == x).
-// num_bytes == 0 is a barrier. Returns OK or what went wrong; the ring's `missing` says who.
+// dtype BYTES gathers x of every rank, num_tokens * token_bytes, into out [world_size][...]; any other sums in place (out == x).
+// No bytes are a barrier. Returns OK or what went wrong; the ring's `missing` says who.
 int ring_collective(const struct collective *a) {
     struct ring *g = a->ring;
-    uint64_t tag = (uint64_t)(a->dtype + 1) << 56 | (uint64_t)a->num_bytes;
-    int64_t at = 0;
+    int64_t num_bytes = a->num_tokens * a->token_bytes, at = 0;
+    uint64_t tag = (uint64_t)(a->dtype + 1) << 56 | (uint64_t)num_bytes;
     g->sequence++;
     do {
-        int64_t piece = a->num_bytes - at < g->slot_bytes ? a->num_bytes - at : g->slot_bytes;
+        int64_t piece = num_bytes - at < g->slot_bytes ? num_bytes - at : g->slot_bytes;
         if (aborted(g)) return ABORTED;
         g->seq++;
         memcpy(slot(g, g->rank, g->seq), a->x + at, (size_t)piece);
@@ -171,8 +171,8 @@ int ring_collective(const struct collective *a) {
         if (a->dtype != BYTES) sum_piece(g, (int)a->dtype, a->out + at, piece);
         else
             for (int64_t r = 0; r < g->world_size; r++)
-                memcpy(a->out + r * a->num_bytes + at, slot(g, r, g->seq), (size_t)piece);
+                memcpy(a->out + r * num_bytes + at, slot(g, r, g->seq), (size_t)piece);
         at += piece;
-    } while (at < a->num_bytes);
+    } while (at < num_bytes);
     return OK;
 }

@@ -34,7 +34,7 @@ class _Collective(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("ring", "x", "out")),
-        *((name, ctypes.c_int64) for name in ("num_bytes", "dtype")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "token_bytes", "dtype")),
     )
 
 
@@ -84,17 +84,26 @@ class NativeRing:
         return int(self._struct.sequence)
 
     def all_reduce(self, x: Tensor, failed: Failed) -> None:
-        address = x.data_ptr()
-        self._call(address, address, x.nbytes, DTYPE_CODES[x.dtype], failed)
+        address, num_tokens = x.data_ptr(), x.shape[0] if x.dim() else 1
+        self._call(address, address, num_tokens, x.nbytes // num_tokens, DTYPE_CODES[x.dtype], failed)
 
     def all_gather(self, x: Tensor, out: Tensor, failed: Failed) -> None:
-        self._call(x.data_ptr(), out.data_ptr(), x.nbytes, BYTES, failed)
+        self._call(x.data_ptr(), out.data_ptr(), 1, x.nbytes, BYTES, failed)
 
     def barrier(self, failed: Failed) -> None:
-        self._call(None, None, 0, BYTES, failed)
+        self._call(None, None, 1, 0, BYTES, failed)
 
     def missing(self) -> list[int]:
         return [rank for rank, flag in enumerate(self._missing) if flag]
 
-    def _call(self, x: int | None, out: int | None, num_bytes: int, dtype: int, failed: Failed) -> None:
-        call(self._collective, _Collective(self._address, x, out, num_bytes, dtype), failed)
+    def _call(
+        self,
+        x: int | None,
+        out: int | None,
+        num_tokens: int,
+        token_bytes: int,
+        dtype: int,
+        failed: Failed,
+    ) -> None:
+        arguments = _Collective(self._address, x, out, num_tokens, token_bytes, dtype)
+        call(self._collective, arguments, failed)

@@ -16,7 +16,7 @@ from .tape import call, empty, no_memory
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHANNELS = 32  # of a product of tiles
-_MOST_DOTS = 64  # tokens up to which a plain weight is read in C; see _fast_in_torch
+MOST_DOTS = 64  # tokens up to which a plain weight is read in C; see _fast_in_torch
 _PIECE_BYTES = 64 << 20  # numbers that are made of codes at a time for a product in torch
 
 
@@ -45,7 +45,7 @@ class _Rows(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("w", "ids", "out")),
-        *((name, _INT) for name in ("num_ids", "first_row", "whole", "n", "k")),
+        *((name, _INT) for name in ("num_tokens", "first_row", "whole", "n", "k")),
         *((name, _INT) for name in ("number_bytes", "packed", "format")),
         ("codes", _Codes),
         ("scale", ctypes.c_float),
@@ -102,7 +102,7 @@ def linear(
     if packed:
         return _packed(x, weight, bias, dtype)
     strided = isinstance(weight, Tensor) and not weight.is_contiguous()
-    many = num_tokens > _MOST_DOTS and _fast_in_torch(x.dtype)
+    many = num_tokens > MOST_DOTS and _fast_in_torch(x.dtype)
     if library is None or x.dtype not in _DTYPES or strided or many:
         return _in_torch(x, weight, bias).to(dtype)
     out = empty((num_tokens, weight.shape[0]), dtype)

@@ -7,7 +7,7 @@ struct rows {
     const void *w;
     const int64_t *ids;
     void *out;
-    int64_t num_ids, first_row, whole, n, k, number_bytes, packed, format;  // whole: W has all rows that there are
+    int64_t num_tokens, first_row, whole, n, k, number_bytes, packed, format;  // whole: W has all rows that there are
     struct codes codes;  // in the place of w
     float scale;         // 1: numbers of any format are copied
 };
@@ -24,7 +24,7 @@ static void scale_numbers(const struct rows *a, void *out) {
 // out[i] = row ids[i] - first_row of W times the scale. Where W has no such row: zeros, or 2 is returned if it is whole.
 int linear_rows(const struct rows *a) {
     int64_t row_bytes = a->k * a->number_bytes;
-    for (int64_t i = 0; i < a->num_ids; i++) {
+    for (int64_t i = 0; i < a->num_tokens; i++) {
         uint8_t *out = (uint8_t *)a->out + i * row_bytes;
         int64_t row = a->ids[i] - a->first_row;
         if (row < 0 || row >= a->n) {

@@ -1,8 +1,9 @@
-"""Steps that are all C calls, noted once and then played again without Python: what a CUDA graph is on a GPU.
+"""Steps that are all C calls, noted once and then played without Python: what a CUDA graph is on a GPU.
 
 Every C function that is called through here takes the address of one struct, and returns 0 or what went wrong. Between two
-plays only the contents of tensors may change: their places, shapes and the number of threads are noted. A step in which
-torch computes anything is no such step.
+plays the contents of tensors may change, and with them the number of tokens and rows, up to those that were noted: a struct
+says them in its fields `num_tokens` and `num_rows`, and nothing else in it depends on them. Places, widths and the number of
+threads are noted. A step in which torch computes anything is no such step.
 """
 
 from __future__ import annotations
@@ -46,31 +47,29 @@ _HARMLESS = frozenset(
 _ALIGNMENT = 64
 
 
+class NotPlayableError(Exception):
+    """A step is something else than C calls on its tokens: the message says what."""
+
+
 class _Call(ctypes.Structure):
     """struct call"""
 
-    _fields_ = (("function", ctypes.c_void_p), ("arguments", ctypes.c_void_p))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("function", "arguments", "num_tokens", "num_rows"))
 
 
-class Arena:
+class _Arena:
     """Memory for the results of noted calls. What a step has let go of is used again by its later calls, as in any step,
-    but stays here when all of it is: plays need it. Tapes may share an arena if nobody reads what one returned after
-    another was played. Sizes are powers of two, so that all of them together need little more than the largest step."""
+    but stays here when all of it is: plays need it. Pages that no play has written to are not taken from the system."""
 
     def __init__(self) -> None:
         self._free: defaultdict[int, list[Any]] = defaultdict(list)
-        self.num_bytes = 0  # of all pieces, free or not
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             return torch.empty(shape, dtype=dtype)
-        size = 1 << (num_bytes - 1).bit_length()
-        kept = self._free[size]
-        if not kept:
-            kept.append((ctypes.c_uint8 * (size + _ALIGNMENT))())
-            self.num_bytes += size
-        memory = kept.pop()
+        kept = self._free[num_bytes]
+        memory = kept.pop() if kept else (ctypes.c_uint8 * (num_bytes + _ALIGNMENT))()
         start = -ctypes.addressof(memory) % _ALIGNMENT
         # A new object each time: it goes when the last tensor on this memory goes.
         piece = (ctypes.c_uint8 * num_bytes).from_buffer(memory, start)
@@ -79,57 +78,74 @@ class Arena:
 
 
 class Tape:
-    """The calls of one step."""
+    """The calls of a step of up to so many tokens in so many rows."""
 
-    def __init__(self, arena: Arena) -> None:
-        self.foreign: str | None = None  # an operation of torch's: the tape cannot be played
-        self._arena = arena
+    def __init__(self, num_tokens: int, num_rows: int) -> None:
+        self.num_tokens = num_tokens
+        self.num_rows = num_rows
+        self._arena = _Arena()
         self._noted: list[tuple[int, ctypes.Structure, Failed]] = []
         self._calls: ctypes.Array[_Call] | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Calls of this thread are noted, and made. Not to be nested."""
+        """Calls of this thread are noted and not made: tensors have places and shapes, and no contents. Not to be nested.
+
+        Raises NotPlayableError, before torch computes anything.
+        """
         assert self._calls is None, "a tape is recorded once"
         assert _current.get() is None, "another tape is being recorded"
         token = _current.set(self)
         try:
-            with _Watch(self):
+            with _Watch():
                 yield
         finally:
             _current.reset(token)
         self._calls = (_Call * len(self._noted))(
-            *(_Call(function, ctypes.addressof(arguments)) for function, arguments, _ in self._noted)
+            *(self._call(function, arguments) for function, arguments, _ in self._noted)
         )
 
-    def play(self) -> None:
-        """Make all calls again. Raises what the caller of the failed one said."""
+    def play(self, num_tokens: int, num_rows: int) -> None:
+        """Make all calls, on so many tokens and rows. Raises what the caller of the failed one said."""
         assert self._calls is not None, "nothing was recorded"
-        assert self.foreign is None, f"{self.foreign} was not recorded"
+        assert 0 < num_tokens <= self.num_tokens, f"{num_tokens} tokens, noted for {self.num_tokens}"
+        assert 0 < num_rows <= self.num_rows, f"{num_rows} rows, noted for {self.num_rows}"
         status = ctypes.c_int(0)
-        done = _player().tape_play(self._calls, len(self._noted), ctypes.byref(status))
+        done = _player().tape_play(self._calls, len(self._noted), num_tokens, num_rows, ctypes.byref(status))
         if status.value:
             raise self._noted[done][2](status.value)
 
     def note(self, function: Any, arguments: ctypes.Structure, failed: Failed) -> None:
         address = ctypes.cast(function, ctypes.c_void_p).value
         assert address is not None, "a function has an address"
+        for name, most in (("num_tokens", self.num_tokens), ("num_rows", self.num_rows)):
+            if getattr(arguments, name, most) != most:
+                raise NotPlayableError(f"{name} is {getattr(arguments, name)} in a step of {most}")
         self._noted.append((address, arguments, failed))
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.foreign is not None:
-            return torch.empty(shape, dtype=dtype)  # it is not going to be played
         return self._arena.empty(shape, dtype)
+
+    @staticmethod
+    def _call(function: int, arguments: ctypes.Structure) -> _Call:
+        begin, kind = ctypes.addressof(arguments), type(arguments)
+        counts = [
+            begin + getattr(kind, name).offset if hasattr(kind, name) else None
+            for name in ("num_tokens", "num_rows")
+        ]
+        assert counts != [None, None], f"{kind.__name__} does not say how many tokens or rows it is about"
+        return _Call(function, begin, *counts)
 
 
 _current: ContextVar[Tape | None] = ContextVar("tape", default=None)  # that this thread records
 
 
 def call(function: Any, arguments: ctypes.Structure, failed: Failed) -> None:
-    """Calls a C function with the address of `arguments`, which nobody changes after it. Raises `failed(status)`."""
+    """Calls a C function with the address of `arguments`, which nobody else changes after it. Raises `failed(status)`."""
     tape = _current.get()
     if tape is not None:
         tape.note(function, arguments, failed)
+        return
     status = function(ctypes.byref(arguments))
     if status:
         raise failed(status)
@@ -154,27 +170,23 @@ def no_memory(status: int) -> Exception:
 class _Watch(TorchFunctionMode):
     """Sees every call of torch from Python. (A TorchDispatchMode would see what they come to, and imports for a second.)"""
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()
-        self._tape = tape
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, out = func.__name__, func(*args, **(kwargs or {}))
+        name = func.__name__
         if name == "__getitem__":
             places = args[1] if isinstance(args[1], tuple) else (args[1],)
             harmless = all(isinstance(place, int | slice) for place in places)
         else:
             # Memory that torch gives out would be gone when the tape is played.
-            harmless = name in _HARMLESS or (name == "empty" and out.numel() == 0)
+            harmless = name in _HARMLESS or (name == "empty" and isinstance(args[0], tuple) and 0 in args[0])
         if not harmless:
-            self._tape.foreign = name
-        return out
+            raise NotPlayableError(f"torch computes {name}")
+        return func(*args, **(kwargs or {}))
 
 
 @cache
 def _player() -> ctypes.CDLL:
     library = load("tape.c")
     assert library is not None, "what was recorded was compiled"
-    library.tape_play.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.tape_play.argtypes = [ctypes.c_void_p, *(ctypes.c_int64,) * 3, ctypes.c_void_p]
     library.tape_play.restype = ctypes.c_int64
     return library

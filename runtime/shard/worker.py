@@ -85,6 +85,7 @@ class Worker:
             self.group,
             num_groups=len(groups),
             max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_model_len=self._max_model_len,
             block_size=cache.block_size,
         )

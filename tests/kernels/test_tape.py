@@ -18,6 +18,10 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+FIRST = torch.tensor([0])
+MOST = 5  # tokens, in up to 2 rows
+
+
 class Step:
     """A few operations in a row, on inputs that stay in their place."""
 
@@ -25,46 +29,35 @@ class Step:
         self.table = LinearWeight.take(numbers(50, 32, dtype=dtype, seed=1))
         self.weight = LinearWeight.take(numbers(64, 32, dtype=dtype, seed=2))
         self.norm = numbers(32, dtype=dtype, seed=3)
-        self.ids = torch.tensor([3, 1, 4])
+        self.ids = torch.zeros(MOST, dtype=torch.int64)
 
-    def run(self) -> Tensor:
-        residual = embedding(self.ids, self.table)
+    def run(self, num_tokens: int = MOST) -> Tensor:
+        residual = embedding(self.ids[:num_tokens], self.table)
         hidden = ops.rms_norm(residual, self.norm, 1e-5)
         hidden = ops.silu_mul(linear(hidden, self.weight))
         return ops.add_rms_norm(hidden, residual, self.norm, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_play_follows_its_inputs(dtype: torch.dtype) -> None:
-    step, recorded = Step(dtype), tape.Tape(tape.Arena())
+def test_a_play_follows_its_inputs_and_their_number(dtype: torch.dtype) -> None:
+    step, recorded = Step(dtype), tape.Tape(MOST, 2)
     with recorded.recording():
         out = step.run()
-    assert recorded.foreign is None
-    first = out.clone()
-    assert torch.equal(first, step.run())
-    step.ids.copy_(torch.tensor([49, 0, 7]))
-    recorded.play()
-    assert torch.equal(out, step.run())
-    assert not torch.equal(out, first)
-    step.ids.copy_(torch.tensor([3, 1, 4]))
-    recorded.play()
-    assert torch.equal(out, first)
+    for ids in ([3, 1, 4], [49, 0, 7, 1, 2], [5], [3, 1, 4]):
+        step.ids[: len(ids)] = torch.tensor(ids)
+        out.fill_(-1)
+        recorded.play(len(ids), 1)
+        assert torch.equal(out[: len(ids)], step.run(len(ids)))
+        assert bool((out[len(ids) :] == -1).all()), "a token that is none was computed"
 
 
-def test_results_outlive_other_tapes_of_the_arena() -> None:
-    """What a tape returned is not overwritten by recording another one, while it is held."""
-    arena, step = tape.Arena(), Step(torch.float32)
-    results = []
-    for ids in ([1, 2, 3], [4, 5, 6]):
-        step.ids.copy_(torch.tensor(ids))
-        recorded = tape.Tape(arena)
-        with recorded.recording():
-            out = step.run()
-        results.append((recorded, out, out.clone()))
-    assert torch.equal(results[1][1], results[1][2])
-    assert torch.equal(results[0][1], results[0][2])
-    results[0][0].play()  # on the second ids
-    assert torch.equal(results[0][1], results[1][2])
+def test_more_than_was_noted_is_refused() -> None:
+    step, recorded = Step(torch.float32), tape.Tape(MOST, 2)
+    with recorded.recording():
+        step.run()
+    for num_tokens, num_rows in ((MOST + 1, 1), (MOST, 3), (0, 1), (1, 0)):
+        with pytest.raises(AssertionError, match=r"(tokens|rows), noted for"):
+            recorded.play(num_tokens, num_rows)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +67,8 @@ def test_results_outlive_other_tapes_of_the_arena() -> None:
         ("mul_", lambda x: x.mul_(2)),
         ("clone", lambda x: x.clone()),
         ("empty", lambda x: torch.empty(4)),
-        ("__getitem__", lambda x: x[torch.tensor([0])]),
+        ("empty", lambda x: torch.empty((4, 2))),
+        ("__getitem__", lambda x: x[FIRST]),
         ("copy_", lambda x: x.copy_(x)),
         ("__setitem__", lambda x: x.__setitem__(0, 1.0)),
         ("contiguous", lambda x: x.T.contiguous()),
@@ -83,34 +77,40 @@ def test_results_outlive_other_tapes_of_the_arena() -> None:
         ("linear", lambda x: torch.nn.functional.linear(x, x)),
     ],
 )
-def test_what_torch_computes_is_noticed(name: str, operation: object) -> None:
-    recorded = tape.Tape(tape.Arena())
-    with torch.inference_mode(), recorded.recording():
-        operation(numbers(4, 4))  # type: ignore[operator]
-    assert recorded.foreign == name
-    with pytest.raises(AssertionError, match="was not recorded"):
-        recorded.play()
+def test_what_torch_would_compute_ends_the_recording(name: str, operation: object) -> None:
+    recorded, x = tape.Tape(4, 1), numbers(4, 4)
+    before = x.clone()
+    with (
+        pytest.raises(tape.NotPlayableError, match=f"torch computes {name}$"),
+        torch.inference_mode(),
+        recorded.recording(),
+    ):
+        operation(x)  # type: ignore[operator]
+    assert torch.equal(x, before)
+    with pytest.raises(AssertionError, match="nothing was recorded"):
+        recorded.play(1, 1)
 
 
-def test_a_step_that_is_not_going_to_be_played_leaves_no_memory_behind() -> None:
-    arena = tape.Arena()
-    with torch.inference_mode(), tape.Tape(arena).recording():
-        numbers(4, 4).clone()
-        assert tape.empty((64,), torch.float32).shape == (64,)
-    assert arena.num_bytes == 0
+def test_a_call_on_other_than_the_tokens_of_the_step_ends_the_recording() -> None:
+    x, weight = numbers(8, 32), numbers(32)
+    with (
+        pytest.raises(tape.NotPlayableError, match="num_tokens is 8 in a step of 4"),
+        tape.Tape(4, 1).recording(),
+    ):
+        ops.rms_norm(x, weight, 1e-5)
 
 
 def test_views_are_no_computation() -> None:
-    x, recorded = numbers(4, 6), tape.Tape(tape.Arena())
+    x, recorded = numbers(4, 6), tape.Tape(4, 1)
     with torch.inference_mode(), recorded.recording():
         a, b = x.view(4, 2, 3).split([1, 1], dim=1)
         assert a[1:].unsqueeze(0).shape == (1, 3, 1, 3)
         assert b[0].shape == (1, 3)
-    assert recorded.foreign is None
+        assert torch.empty((0, 3)).shape == (0, 3)
 
 
 class Arguments(ctypes.Structure):
-    _fields_ = (("status", ctypes.c_int), ("calls", ctypes.c_int))
+    _fields_ = (("num_tokens", ctypes.c_int64), ("status", ctypes.c_int), ("calls", ctypes.c_int))
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Arguments))
@@ -120,62 +120,63 @@ def counted(arguments: "ctypes._Pointer[Arguments]") -> int:
 
 
 def test_the_caller_of_a_failed_call_says_what_failed() -> None:
-    recorded = tape.Tape(tape.Arena())
-    structs = [Arguments(0, 0) for _ in range(3)]
+    recorded = tape.Tape(4, 1)
+    structs = [Arguments(4, 0, 0) for _ in range(3)]
     with recorded.recording():
         for index, struct in enumerate(structs):
             tape.call(counted, struct, lambda status, index=index: OSError(f"call {index}: status {status}"))
-    recorded.play()
+    assert [struct.calls for struct in structs] == [0, 0, 0], "noted, not made"
+    recorded.play(3, 1)
     structs[1].status = 7
     with pytest.raises(OSError, match="call 1: status 7"):
-        recorded.play()
-    assert [struct.calls for struct in structs] == [3, 3, 2]
+        recorded.play(2, 1)
+    assert [struct.calls for struct in structs] == [2, 2, 1]
+    assert [struct.num_tokens for struct in structs] == [2, 2, 3]
     with pytest.raises(OSError, match="alone: status 7"):
         tape.call(counted, structs[1], lambda status: OSError(f"alone: status {status}"))
 
 
-def test_calls_of_other_threads_are_not_noted() -> None:
-    recorded, struct = tape.Tape(tape.Arena()), Arguments(0, 0)
+def test_calls_of_other_threads_are_made_and_not_noted() -> None:
+    recorded, struct = tape.Tape(4, 1), Arguments(4, 0, 0)
     with recorded.recording():
         thread = threading.Thread(target=tape.call, args=(counted, struct, tape.no_memory))
         thread.start()
         thread.join()
-    recorded.play()
+    recorded.play(4, 1)
     assert struct.calls == 1
 
 
+class Unnumbered(ctypes.Structure):
+    _fields_ = (("status", ctypes.c_int),)
+
+
+def test_a_call_says_how_much_it_is_about() -> None:
+    with pytest.raises(AssertionError, match="Unnumbered does not say"), tape.Tape(4, 1).recording():
+        tape.call(counted, Unnumbered(0), tape.no_memory)
+
+
 def test_memory_is_used_again_once_nothing_lies_on_it() -> None:
-    arena = tape.Arena()
-    x = arena.empty((4, 8), torch.float32)
+    recorded = tape.Tape(4, 1)
+    x = recorded.empty((4, 8), torch.float32)
     place = x.data_ptr()
     view = x[1:].view(-1)
     del x
-    other = arena.empty((32,), torch.float32)
+    other = recorded.empty((32,), torch.float32)
     assert other.data_ptr() != place, "a view still lies there"
     del view
-    assert arena.empty((2, 16), torch.float32).data_ptr() == place
+    assert recorded.empty((4, 16), torch.bfloat16).data_ptr() == place
     assert place % 64 == other.data_ptr() % 64 == 0
-    assert arena.empty((0, 3), torch.bfloat16).shape == (0, 3)
-
-
-def test_many_sizes_share_their_memory() -> None:
-    """Steps of 1 to 64 rows, one after the other, need little more than the one of 64."""
-    arena, largest = tape.Arena(), 0
-    for rows in range(1, 65):
-        held = [arena.empty((rows, width), torch.bfloat16) for width in (576, 3072, 1536)]
-        largest = sum(tensor.nbytes for tensor in held)
-        del held
-    assert arena.num_bytes < 5 * largest
+    assert recorded.empty((0, 3), torch.bfloat16).shape == (0, 3)
 
 
 def test_a_tape_is_recorded_once_and_alone() -> None:
-    recorded = tape.Tape(tape.Arena())
+    recorded = tape.Tape(MOST, 1)
     with pytest.raises(AssertionError, match="nothing was recorded"):
-        recorded.play()
+        recorded.play(1, 1)
     with (
         recorded.recording(),
         pytest.raises(AssertionError, match="another tape"),
-        tape.Tape(tape.Arena()).recording(),
+        tape.Tape(MOST, 1).recording(),
     ):
         pass
     with pytest.raises(AssertionError, match="recorded once"), recorded.recording():

@@ -32,6 +32,7 @@ def make_worker(
     cache_dtype: str = "auto",
     dtype: str = "float32",
     quantization: str = "none",
+    max_num_batched_tokens: int = 64,
 ) -> Worker:
     """A worker with a small cache, filled with NaN: nothing may be read that was not written."""
     config = parse_config(
@@ -42,7 +43,7 @@ def make_worker(
             "dtype": dtype,
             "quantization": quantization,
             "cache": {"block_size": BLOCK_SIZE, "dtype": cache_dtype},
-            "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 64},
+            "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": max_num_batched_tokens},
         },
         "test",
     )
@@ -187,10 +188,11 @@ def decode_steps(
     cache_dtype: str = "auto",
     quantization: str = "none",
 ) -> tuple[list[torch.Tensor], int]:
-    """This rank's logits of each of ten decode steps, of five rows, of three, and of five again; and how many of the
-    steps were played. Rows have prompts of different lengths, so that tables, positions and lengths differ."""
+    """This rank's logits of each token of eleven steps, and how many of the steps were played: prompts of different
+    lengths, then a token of five rows, of three, and of five again, and once a row that brings four more of its prompt."""
     worker = make_worker(path, group, dtype=dtype, cache_dtype=cache_dtype, quantization=quantization)
-    worker._steps._can_record &= recorded
+    if not recorded:
+        worker._steps._step = None
     chance = np.random.default_rng(1)
     lengths = [3, 9, 4, 1, 6]
     prompts = [chance.integers(3, 100, length).tolist() for length in lengths]
@@ -203,8 +205,12 @@ def decode_steps(
     ):
         for step in range(11):
             slots = range(5) if step < 5 or step > 7 else (0, 2, 3)
-            rows = [(slot, chance.integers(3, 100, 1).tolist()) for slot in slots]
+            lengths = [4 if (step, slot) == (4, 1) else 1 for slot in slots]
+            rows = [
+                (slot, chance.integers(3, 100, length).tolist())
+                for slot, length in zip(slots, lengths, strict=True)
+            ]
             step_plan = plan(step, list(enumerate(prompts)) if step == 0 else rows, {} if step else tables)
             hidden = worker._steps.forward(worker.slots.apply(step_plan))
             logits.append(worker.decoder.logits(hidden).clone())
-    return logits[1:], play.call_count
+    return logits, play.call_count

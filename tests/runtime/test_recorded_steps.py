@@ -1,6 +1,7 @@
-"""Played decode steps have the bits of those that run through Python, on one shard and on several."""
+"""Played steps have the bits of those that run through Python, on one shard and on several."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from ranks import connect, run_ranks
 from tolerances import assert_within
 from torch.distributed import Store
 
+from kvshard.kernels.cpu.tape import Tape
 from kvshard.parallel.group import Group, GroupError
 from kvshard.runtime.shard import recorded_steps
+from kvshard.runtime.shard.slots import StepInputs
 
-NUM_PLAYED = 6  # of ten: five rows and three rows run once as they come, and once to be recorded
+NUM_PLAYED = 11  # all steps of `decode_steps`
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +91,63 @@ def test_several_shards(world_size: int, dtype: str, llama: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-@pytest.mark.parametrize("stale", ["token_ids", "positions", "slot_mappings", "context_lens", "block_tables"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_longer_than_what_is_recorded(dtype: str, tmp_path: Path) -> None:
+    """Products of more than 64 tokens with weights that are not packed are torch's, and their steps run as they come."""
+    path = make_llama(tmp_path, head_dim=32)
+    results: list[list[torch.Tensor]] = []
+    for recorded in (True, False):
+        worker = make_worker(path, Group.single("cpu"), dtype=dtype, max_num_batched_tokens=128)
+        step = worker._steps._step
+        assert step is not None
+        packed = worker.decoder._lm_head.weight.packed  # all are, or none
+        most = 128 if packed else 64
+        assert step._tape.num_tokens == most
+        if not recorded:
+            worker._steps._step = None
+        tables = {slot: (tuple(range(1 + 16 * slot, 17 + 16 * slot)),) for slot in range(3)}
+        chance, hidden = np.random.default_rng(3), []
+        with (
+            torch.inference_mode(),
+            mock.patch.object(Tape, "play", autospec=True, side_effect=Tape.play) as play,
+        ):
+            for number, lengths in enumerate(([50, 40, 30], [1, 1, 1], [2, 1, 20], [1, 1])):
+                rows = [(slot, chance.integers(3, 100, n).tolist()) for slot, n in enumerate(lengths)]
+                inputs = worker.slots.apply(plan(number, rows, {} if number else tables))
+                hidden.append(worker._steps.forward(inputs).clone())
+        assert play.call_count == recorded * (3 + (most == 128))
+        results.append(hidden)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert [len(x) for x in results[0]] == [120, 3, 23, 2]
+
+
+@pytest.mark.parametrize(
+    "stale", ["token_ids", "positions", "slot_mappings", "query_start", "context_lens", "block_tables"]
+)
 def test_each_input_counts(stale: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An input that is not copied for a play shows."""
+    """An input that only the first play is given shows."""
     plain, _ = decode_steps(Group.single("cpu"), llama, recorded=False)
     take = recorded_steps._Step.take
+    first: list[torch.Tensor] = []
 
-    def forget(step: recorded_steps._Step, inputs: recorded_steps.StepInputs) -> None:
+    def forget(step: recorded_steps._Step, inputs: StepInputs) -> None:
         own = step.inputs
         place = {
             "token_ids": own.token_ids,
             "positions": own.positions,
             "slot_mappings": own.slot_mappings[0],
+            "query_start": own.attention[0].query_start,
             "context_lens": own.attention[0].context_lens,
             "block_tables": own.attention[0].block_tables,
         }[stale]
-        before = place.clone()
         take(step, inputs)
-        place.copy_(before if hasattr(step, "hidden") else place)
+        first.append(place.clone())
+        place.copy_(first[0])
 
     monkeypatch.setattr(recorded_steps._Step, "take", forget)
     played, num_played = decode_steps(Group.single("cpu"), llama)
     assert num_played == NUM_PLAYED
+    assert torch.equal(plain[0], played[0])
     assert not all(torch.equal(a, b) for a, b in zip(plain, played, strict=True))
 
 
