@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -62,17 +64,17 @@ class _Arena:
     but stays here when all of it is: plays need it. Pages that no play has written to are not taken from the system."""
 
     def __init__(self) -> None:
-        self._free: defaultdict[int, list[Any]] = defaultdict(list)
+        self._free: defaultdict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         num_bytes = math.prod(shape) * dtype.itemsize
         if not num_bytes:
             return torch.empty(shape, dtype=dtype)
         kept = self._free[num_bytes]
-        memory = kept.pop() if kept else (ctypes.c_uint8 * (num_bytes + _ALIGNMENT))()
-        start = -ctypes.addressof(memory) % _ALIGNMENT
+        memory = kept.pop() if kept else np.empty(num_bytes + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
         # A new object each time: it goes when the last tensor on this memory goes.
-        piece = (ctypes.c_uint8 * num_bytes).from_buffer(memory, start)
+        piece = (ctypes.c_uint8 * num_bytes).from_buffer(memory.data, start)
         weakref.finalize(piece, kept.append, memory).atexit = False
         return torch.frombuffer(piece, dtype=dtype, count=math.prod(shape)).view(shape)
 

@@ -1,7 +1,10 @@
 """Recorded calls: played again on new contents, refused when torch had a part in the step, memory that stays in use."""
 
 import ctypes
+import os
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +170,17 @@ def test_memory_is_used_again_once_nothing_lies_on_it() -> None:
     assert recorded.empty((4, 16), torch.bfloat16).data_ptr() == place
     assert place % 64 == other.data_ptr() % 64 == 0
     assert recorded.empty((0, 3), torch.bfloat16).shape == (0, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_memory_of_steps_that_never_come_is_not_taken() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    recorded, before = tape.Tape(1 << 20, 1), resident_bytes()
+    x = recorded.empty((1 << 20, 256), torch.float32)  # 1 GiB
+    x[:1000] = 1
+    assert resident_bytes() - before < 100 << 20
 
 
 def test_a_tape_is_recorded_once_and_alone() -> None:
