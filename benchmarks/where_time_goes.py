@@ -2,9 +2,9 @@
 
     python benchmarks/where_time_goes.py --threads 2
 
-Steps of the demo model in bfloat16: decode of 1 row, decode of 32 rows, and a chunk of 1,024 prompt tokens. Operations are timed
-around their calls, with steps run through Python; the last lines give the whole step as it comes, and as it is played
-(kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or multiply-adds over the
+Steps of the demo model in bfloat16: decode of 1 row and of 32 rows, decode with a prompt beside it, a short prompt, and a chunk
+of 1,024 prompt tokens. Operations are timed around their calls, with steps run through Python; the last lines give the whole
+step as it comes, and as it is played (kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or multiply-adds over the
 rate of a product of 2,048 x 2,048 in bfloat16, torch's or kvshard's own, whichever takes longer.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import ge
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -42,21 +43,30 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, BYTES = 30, 9, 3, 64, 576, 153
 
 @dataclass
 class Case:
-    """A step of so many tokens in so many rows, each with this context when it ends."""
+    """Prompts of so many tokens that get so many new ones, and the kind of step that is timed among theirs."""
 
     name: str
-    rows: int
-    tokens: int
-    context: int
+    prompts: list[int]
+    max_tokens: list[int]
+    new_tokens: list[int]  # of each row of the step
+    contexts: list[int]  # tokens of each row when the step ends; rows of one token may have 16 fewer
     ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # a step, by operation
     whole_ms: list[float] = field(default_factory=list)
     played_ms: list[float] = field(default_factory=list)
 
 
 CASES = [
-    Case("decode, 1 row of 192 tokens", 1, 1, 192),
-    Case("decode, 32 rows of 192 tokens", 32, 32, 192),
-    Case("prefill, the second 1,024 tokens of a prompt", 1, 1024, 2048),
+    Case("decode, 1 row of 192 tokens", [168], [24], [1], [192]),
+    Case("decode, 32 rows of 192 tokens", [168] * 32, [24] * 32, [1] * 32, [192] * 32),
+    Case(
+        "31 rows of 192 tokens and a prompt of 40",
+        [168] * 32 + [40],  # it comes in when the 32nd row ends
+        [24] * 31 + [16, 1],
+        [1] * 31 + [40],
+        [192] * 31 + [40],
+    ),
+    Case("prefill, a prompt of 128 tokens", [128], [1], [128], [128]),
+    Case("prefill, the second 1,024 tokens of a prompt", [2048], [1], [1024], [2048]),
 ]
 
 
@@ -68,11 +78,12 @@ def floors(case: Case, read_rate: float, flop_rate: float) -> dict[str, float]:
 
     out = {}
     for (n, k), name in WIDTHS.items():
-        tokens = case.rows if name == "LM head" else case.tokens
+        tokens = len(case.new_tokens) if name == "LM head" else sum(case.new_tokens)
         times = 1 if name == "LM head" else LAYERS
         out[name] = ms(times * n * k * BYTES, times * 2 * n * k * tokens)
-    seen = case.tokens * case.context - (case.tokens // case.rows - 1) * case.tokens / 2
-    kv_bytes = LAYERS * case.rows * case.context * 2 * KV_HEADS * HEAD_DIM * BYTES
+    rows = zip(case.new_tokens, case.contexts, strict=True)
+    seen = sum(tokens * context - (tokens - 1) * tokens / 2 for tokens, context in rows)
+    kv_bytes = LAYERS * sum(case.contexts) * 2 * KV_HEADS * HEAD_DIM * BYTES
     out["attention"] = ms(kv_bytes, LAYERS * 4 * seen * HEADS * HEAD_DIM)
     return out
 
@@ -127,9 +138,10 @@ def run(llm: LLM, case: Case, repeat: int, play: bool, watch: Watch | None) -> N
         start = time.perf_counter()
         pending = plain(worker, plan)
         whole = (time.perf_counter() - start) * 1e3
-        decodes = case.tokens == case.rows
-        reached = worker.slots._context_len[plan.row_slots].min() >= case.context - (16 if decodes else 0)
-        if int(plan.row_num_new_tokens.sum()) == case.tokens and len(plan.row_slots) == case.rows and reached:
+        least = [c - 16 * (n == 1) for n, c in zip(case.new_tokens, case.contexts, strict=True)]
+        contexts = sorted(worker.slots._context_len[plan.row_slots])
+        reached = len(contexts) == len(least) and all(map(ge, contexts, sorted(least)))
+        if sorted(plan.row_num_new_tokens) == case.new_tokens and reached:
             if watch is None:
                 (case.played_ms if play else case.whole_ms).append(whole)
             else:
@@ -137,15 +149,14 @@ def run(llm: LLM, case: Case, repeat: int, play: bool, watch: Watch | None) -> N
                     case.ms[name].append(seconds * 1e3)
         return pending
 
-    decodes = case.tokens == case.rows
-    length = case.context - 24 if decodes else case.context
     prompts = [
         {"prompt_token_ids": [1000 + (7919 * (i + 1) * (row + 1) + repeat) % 40000 for i in range(length)]}
-        for row in range(case.rows)
+        for row, length in enumerate(case.prompts)
     ]
-    sampling = SamplingParams(
-        temperature=0, max_tokens=24 if decodes else 1, ignore_eos=True, detokenize=False
-    )
+    sampling = [
+        SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        for count in case.max_tokens
+    ]
     forward = RecordedSteps.forward if play else as_it_comes
     with mock.patch.object(Worker, "run", noting), mock.patch.object(RecordedSteps, "forward", forward):
         llm.generate(prompts, sampling)

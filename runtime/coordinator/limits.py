@@ -123,12 +123,12 @@ class Limits:
             max_len = min(max_len, num_prompt + request.sampling.max_tokens)
         num_needed = self.num_blocks_needed(max_len - 1)  # the last token is never run through the model
         if num_needed > self.num_blocks:
-            fits_prompt = self.num_blocks_needed(num_prompt) <= self.num_blocks
+            most = self.longest_request + 1 - num_prompt
             raise RequestError(
                 f"{name}: {num_prompt} prompt + {max_len - num_prompt} new tokens need {num_needed - 1} blocks of "
                 f"{self.block_size} tokens, the cache has {self.num_blocks - 1} (cache.num_blocks="
                 f"{self.num_blocks}, one is never used); "
-                f"{'lower max_tokens' if fits_prompt else 'shorten the prompt'} or raise cache.num_blocks"
+                f"{f'set max_tokens to {most} at most' if most > 0 else 'shorten the prompt'} or raise cache.num_blocks"
             )
         return max_len
 

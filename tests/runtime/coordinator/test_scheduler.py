@@ -47,8 +47,16 @@ def test_limits_come_from_the_job_file() -> None:
         (0, {}, ["the prompt is empty"]),
         (200, {}, ["200 prompt tokens", "200 in all", "scheduler.max_model_len"]),
         (60, {"max_tokens": 23}, ["60 prompt + 23 new tokens", "21 blocks of 4", "has 20", "num_blocks=21"]),
-        (60, {"max_tokens": None}, ["60 prompt + 140 new tokens", "50 blocks"]),
-        (80, {"max_tokens": 2}, ["80 prompt + 2 new tokens", "lower max_tokens or raise cache.num_blocks"]),
+        (
+            60,
+            {"max_tokens": None},
+            ["60 prompt + 140 new tokens", "50 blocks", "set max_tokens to 21 at most"],
+        ),
+        (
+            80,
+            {"max_tokens": 2},
+            ["80 prompt + 2 new tokens", "set max_tokens to 1 at most or raise cache.num_blocks"],
+        ),
         (81, {"max_tokens": 1}, ["81 prompt + 1 new", "shorten the prompt or raise cache.num_blocks"]),
         (5, {"stop": ["x"]}, ["stop strings need a tokenizer"]),
     ],
