@@ -5,7 +5,8 @@
 Steps of the demo model in bfloat16: decode of 1 row and of 32 rows, decode with a prompt beside it, a short prompt, and a chunk
 of 1,024 prompt tokens. Operations are timed around their calls, with steps run through Python; the last lines give the whole
 step as it comes, and as it is played (kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or multiply-adds over the
-rate of a product of 2,048 x 2,048 in bfloat16, torch's or kvshard's own, whichever takes longer.
+rate of a product of 2,048 x 2,048, torch's (in float32 where it has no fast bfloat16) or kvshard's own in bfloat16, whichever
+takes longer.
 """
 
 from __future__ import annotations

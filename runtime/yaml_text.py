@@ -8,7 +8,10 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """Refuses a setting that is written twice: the last one would hold, and nobody would be told."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(
+            anchor
+        )  # as written: nothing is merged into it yet
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -16,7 +19,7 @@ class _Loader(yaml.SafeLoader):
             if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"{key.value} is set twice", key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def read_yaml(text: str) -> Any:

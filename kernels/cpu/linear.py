@@ -1,4 +1,4 @@
-"""Products with weight matrices on CPU, in C (linear.c), or in torch where there is no compiler and for steps of many tokens."""
+"""Products with weight matrices on CPU, in C (linear.c), or in torch: without a compiler, and where it is faster."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ def _library(*more_flags: str) -> ctypes.CDLL | None:
 
 @cache
 def _fast_in_torch(dtype: torch.dtype) -> bool:
-    """Whether torch's products of many tokens are fast: for 16 bits that takes AVX-512, else they are 20 times slower."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
+    """Whether torch's products of many tokens are fast: for 16 bits that takes AVX-512, else C is several times faster."""
+    if dtype == torch.float32 or not torch.backends.mkldnn.is_available():
+        return dtype == torch.float32
+    asked = torch.ops.mkldnn
+    supported = (
+        asked._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else asked._is_mkldnn_fp16_supported
+    )
+    return bool(supported())
 
 
 def can_pack(weight: Tensor | WeightCodes) -> bool:
@@ -102,8 +104,9 @@ def linear(
     if packed:
         return _packed(x, weight, bias, dtype)
     strided = isinstance(weight, Tensor) and not weight.is_contiguous()
-    many = num_tokens > MOST_DOTS and _fast_in_torch(x.dtype)
-    if library is None or x.dtype not in _DTYPES or strided or many:
+    if library is None or x.dtype not in _DTYPES or strided:
+        return _in_torch(x, weight, bias).to(dtype)
+    if num_tokens > MOST_DOTS and _fast_in_torch(x.dtype):
         return _in_torch(x, weight, bias).to(dtype)
     out = empty((num_tokens, weight.shape[0]), dtype)
     call(library.linear_plain, _arguments(x, weight, bias, out), no_memory)

@@ -1,7 +1,7 @@
 // Weights that are kept as codes (kernels/weight_codes.py), and their numbers. A number is made in float32, exactly but for
 // the last sum, and rounded once to the format of the matrix.
 //
-// For the matrix unit codes lie packed, 32 rows for 32 rows where they were. What becomes one tile (linear.c) lies together,
+// For the matrix unit codes lie packed, 32 rows for 32 rows where they were. What becomes one tile (linear_tiles.h) lies together,
 // and in its order, so that making tiles takes no permutation but that of the scales. Lanes of a register are rows and pairs
 // of channels: lane 2 i + j is row i, or 8 + i, and channel j of a pair.
 //     codes of 8 bits   [K / 32][2 tiles][16 pairs][16 rows][2 channels]
@@ -140,7 +140,7 @@ static inline __attribute__((always_inline)) void widen_tiles(
     }
 }
 
-// 32 channels of a packed chunk of 32 rows as the tiles of a product (linear.c): out[2][16 pairs][16 rows][2].
+// 32 channels of a packed chunk of 32 rows as the tiles of a product (linear_tiles.h): out[2][16 pairs][16 rows][2].
 static inline __attribute__((always_inline)) void widen_product(const struct codes *w, int64_t chunk, int64_t group, uint16_t *out) {
     int64_t at = (chunk * w->groups + group) * 32;
     const uint8_t *codes = w->codes + at * group_bytes(w);

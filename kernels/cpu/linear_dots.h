@@ -1,4 +1,4 @@
-// Products with a plain weight matrix in vectors, for steps of few tokens: each row of W is a dot product with each token.
+// Products with a plain weight matrix in vectors: each row of W is a dot product with each token.
 
 #pragma once
 #include "linear_codes.h"

@@ -29,7 +29,7 @@ from .library import load
 Failed = Callable[[int], Exception]
 """What to raise for a status other than 0."""
 
-# Of torch's functions, those that ask a tensor something or make a view of it.
+# Of torch's functions, those that ask something or make a view of a tensor.
 _HARMLESS = frozenset(
     (
         *(
@@ -44,6 +44,7 @@ _HARMLESS = frozenset(
             "stride",
         ),
         *("untyped_storage", "frombuffer", "view", "split", "unbind", "unsqueeze", "select", "narrow"),
+        *("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"),
     )
 )
 _ALIGNMENT = 64

@@ -103,7 +103,7 @@ static inline vf exp2_of(vf x) {
     __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLE_UQ);  // true for NaN
     return (vf)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)whole);
 #else
-    return choose(x > -126.0f, (vf)((vi)p + ((vi)shifted << 23)), choose(x == x, (vf){}, x));
+    return choose(x > -126.0f, (vf)((vu)p + ((vu)shifted << 23)), choose(x == x, (vf){}, x));
 #endif
 }
 

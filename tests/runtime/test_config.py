@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from kvshard.runtime.config import JobConfig, config_hash, load_config, parse_config, parse_overrides
 from kvshard.runtime.errors import ConfigError
+from kvshard.runtime.yaml_text import read_yaml
 
 
 def _write(folder: Path, text: str) -> Path:
@@ -204,6 +205,16 @@ def test_absolute_paths_stay(tmp_path: Path) -> None:
 def test_a_file_that_is_no_job(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(_write(tmp_path, text))
+
+
+def test_a_setting_that_overrides_a_merged_one_is_not_set_twice() -> None:
+    text = "few: {rows: &rows {<<: &all {max_num_seqs: 8}, max_num_seqs: 4}}\nscheduler: {<<: *rows, run_ahead: 1}"
+    assert read_yaml(text) == {
+        "few": {"rows": {"max_num_seqs": 4}},
+        "scheduler": {"max_num_seqs": 4, "run_ahead": 1},
+    }
+    with pytest.raises(ValueError, match="run_ahead is set twice"):
+        read_yaml(text.replace("run_ahead: 1", "run_ahead: 1, run_ahead: 2"))
 
 
 def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ranks import connect, run_ranks
 from tolerances import assert_within
 from torch.distributed import Store
 
+from kvshard.kernels.cpu import linear
 from kvshard.kernels.cpu.tape import Tape
 from kvshard.parallel.group import Group, GroupError
 from kvshard.runtime.shard import recorded_steps
@@ -91,17 +92,21 @@ def test_several_shards(world_size: int, dtype: str, llama: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_longer_than_what_is_recorded(dtype: str, tmp_path: Path) -> None:
-    """Products of more than 64 tokens with weights that are not packed are torch's, and their steps run as they come."""
-    path = make_llama(tmp_path, head_dim=32)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("float32", 32), ("bfloat16", 32), ("bfloat16", 24), ("float16", 32)]
+)
+def test_steps_longer_than_what_is_recorded(dtype: str, head_dim: int, tmp_path: Path) -> None:
+    """Products of more than 64 tokens are torch's where that is fast and weights are not packed: their steps run as they
+    come."""
+    linear._fast_in_torch.cache_clear()  # to be asked while a step is noted
+    path = make_llama(tmp_path, head_dim=head_dim)
     results: list[list[torch.Tensor]] = []
     for recorded in (True, False):
         worker = make_worker(path, Group.single("cpu"), dtype=dtype, max_num_batched_tokens=128)
         step = worker._steps._step
         assert step is not None
-        packed = worker.decoder._lm_head.weight.packed  # all are, or none
-        most = 128 if packed else 64
+        packed = worker.decoder._layers[0].o.weight.packed  # if this one is, all are
+        most = 128 if packed or not linear._fast_in_torch(getattr(torch, dtype)) else 64
         assert step._tape.num_tokens == most
         if not recorded:
             worker._steps._step = None
