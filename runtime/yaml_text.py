@@ -9,9 +9,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses a setting that is written twice: the last one would hold, and nobody would be told."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(
-            anchor
-        )  # as written: nothing is merged into it yet
+        # Here nothing has been merged into the mapping yet: it is as it was written.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
