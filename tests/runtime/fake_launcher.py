@@ -71,6 +71,7 @@ class FakeLauncher:
 
     def _dealer(self, job: ShardJob, identity: bytes) -> "zmq.Socket[bytes]":
         dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.LINGER, 0)  # a message that nobody takes is not to hold up the context's end
         dealer.setsockopt(zmq.IDENTITY, identity)
         dealer.connect(job.endpoint)
         return dealer

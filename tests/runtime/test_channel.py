@@ -49,7 +49,12 @@ def open_channel(
 def dealer(
     context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, rank: int = 0, curve: CurveKeys | None = None
 ) -> "zmq.Socket[bytes]":
+    """A peer that is to be held as long as it has messages to send: dropped, it closes at once.
+
+    Without a LINGER of 0 it would try for ever, and the context's end would wait for it.
+    """
     made = context.socket(zmq.DEALER)
+    made.setsockopt(zmq.LINGER, 0)
     made.setsockopt(zmq.IDENTITY, shard_identity(rank))
     if curve is not None:
         made.curve_serverkey = curve.server_public.encode()
@@ -150,9 +155,11 @@ def test_over_tcp_only_the_holder_of_the_key_gets_through(context: "zmq.Context[
     assert channel.curve is not None
     public, secret = (key.decode() for key in zmq.curve_keypair())
     wrong = replace(channel.curve, client_public=public, client_secret=secret)
-    for rank, curve in ((1, None), (2, wrong)):
-        dealer(context, channel.endpoint, rank, curve).send_multipart((Kind.HELLO.value, b"let me in"))
-    dealer(context, channel.endpoint, 0, channel.curve).send_multipart((Kind.HELLO.value, b"me"))
+    intruders = [dealer(context, channel.endpoint, rank, curve) for rank, curve in ((1, None), (2, wrong))]
+    for intruder in intruders:
+        intruder.send_multipart((Kind.HELLO.value, b"let me in"))
+    shard = dealer(context, channel.endpoint, 0, channel.curve)
+    shard.send_multipart((Kind.HELLO.value, b"me"))
     assert channel.receive(WAIT_S) == (0, Kind.HELLO, b"me")
     assert channel.receive(1.0) is None
     for rank in (1, 2):
