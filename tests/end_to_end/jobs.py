@@ -21,9 +21,13 @@ class JobRun:
     stderr: str
     rows: dict[str, dict[str, Any]]  # output lines by custom_id
 
+    def body(self, row_id: str) -> dict[str, Any]:
+        """A row's answers and what belongs to all of them, as they stand in the output."""
+        body: dict[str, Any] = self.rows[row_id]["response"]["body"]
+        return body
+
     def token_ids(self, row_id: str) -> list[int]:
-        choice = self.rows[row_id]["response"]["body"]["choices"][0]
-        ids: list[int] = choice["token_ids"]
+        ids: list[int] = self.body(row_id)["choices"][0]["token_ids"]
         return ids
 
     def counter(self, name: str) -> int:
