@@ -5,9 +5,9 @@
 // and in any batch, and with any number of threads. linear_dots.h: in vectors, of a plain W. linear_tiles.h: on the matrix
 // unit, of a W in bfloat16 that is packed where it lies, so that it needs no second place. Each 32 of its rows become, for
 // each 32 channels, two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h).
-// linear_lanes.h: in vectors of rows, of the same. Rows past the last whole 32 stay as they are, and are packed again in
-// every call. A W that is kept as codes (linear_codes.h) becomes numbers just before they are multiplied: they are in a cache
-// then, and only codes come from memory.
+// linear_lanes.h: in vectors of rows, of a W whose every 32 rows become pairs of channels by 32 rows. Rows past the last whole
+// 32 stay as they are, and are packed again in every call. A W that is kept as codes (linear_codes.h) becomes numbers just
+// before they are multiplied: they are in a cache then, and only codes come from memory.
 
 #include <stdlib.h>
 

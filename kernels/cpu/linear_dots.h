@@ -61,13 +61,15 @@ struct meeting {
     int64_t padded, token, count;
 };
 
-// Rows and tokens that are missing repeat the last one, and are not written.
+// Rows and tokens that are missing repeat the last one, and are not written. next: the rows after these, which are brought to
+// the second cache meanwhile; four rows at once, each soon over, are more than a processor reads ahead of by itself.
 #define DEFINE_DOTS(NAME, T, LOAD)                                                                        \
     static void NAME(const struct linear *a, const struct meeting *m) {                                   \
         int64_t whole = a->k / LANES * LANES, rest = a->k - whole;                                        \
         for (int64_t row = m->first; row < m->end; row += ROWS) {                                         \
             const T *w[ROWS];                                                                             \
             T last[ROWS][LANES];                                                                          \
+            const char *next = (const char *)m->stored + (row + ROWS - m->first) * a->k * (int64_t)sizeof(T); \
             memset(last, 0, sizeof last);                                                                 \
             for (int64_t i = 0; i < ROWS; i++) {                                                          \
                 w[i] = (const T *)m->stored + (min64(row + i, m->end - 1) - m->first) * a->k;             \
@@ -78,6 +80,8 @@ struct meeting {
                 vf sums[LANES] = {};                                                                      \
                 for (int64_t i = 0; i < TOKENS; i++) in[i] = m->x + min64(t + i, m->count - 1) * m->padded; \
                 for (int64_t c = 0; c < m->padded; c += LANES) {                                          \
+                    for (size_t i = 0; i < ROWS * LANES * sizeof(T); i += 64)                             \
+                        __builtin_prefetch(next + (size_t)c * ROWS * sizeof(T) + i, 0, 2);                \
                     vf tokens[TOKENS];                                                                    \
                     _Pragma("GCC unroll 4") for (int i = 0; i < TOKENS; i++) tokens[i] = load(in[i] + c); \
                     _Pragma("GCC unroll 4") for (int i = 0; i < ROWS; i++) {                              \

@@ -2,7 +2,7 @@
 // products in bfloat16 need one of them to be fast).
 //
 // The lanes of a sum are rows, so nothing is left to add up at the end, and six tokens share what is read of W. A word of W
-// holds two channels of a row: shifted it is the even one in float32, masked the odd one. For many tokens they are kept so.
+// holds two channels of a row: shifted it is the even one in float32, masked the odd one.
 
 #pragma once
 #include "activation.h"
@@ -12,11 +12,9 @@
 #define HAVE_LANES 1
 
 enum {
-    AT_ONCE = 6,                // tokens whose sums fit the registers, of 16 rows
-    MOST = 8 * AT_ONCE,         // tokens of a block
-    BLOCK_BYTES = 224 << 10,    // of them in float32, which stay in the second cache
-    SPREAD_FROM = 2 * AT_ONCE,  // tokens from which 16 rows are kept in float32 for all of them
-    SPREAD_BYTES = 256 << 10    // if they take no more
+    AT_ONCE = 6,             // tokens whose sums fit the registers, of 16 rows
+    MOST = 8 * AT_ONCE,      // tokens of a block
+    BLOCK_BYTES = 224 << 10  // of them in float32, which stay in the second cache
 };
 
 static inline vu pairs_of(const uint16_t *w) {
@@ -39,80 +37,55 @@ static inline void turn_words(vu x[LANES]) {
     }
 }
 
-// `rows` rows of W, up to 32, as tiles: out[K / 32][2][16 pairs][16 rows][2]. Rows that are missing are zeros.
+// `rows` rows of W, up to 32, as pairs of channels: out[K / 2][32 rows][2], which is read from its beginning to its end.
+// Rows that are missing are zeros.
 static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out) {
-    for (int64_t c = 0; c < k; c += CHUNK, out += CHUNK * CHUNK)
-        for (int64_t row = 0; row < CHUNK; row += LANES)
-            for (int64_t pair = 0; pair < SIDE; pair += LANES) {
-                vu x[LANES] = {};
-                for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = pairs_of(w + (row + i) * k + c + 2 * pair);
-                turn_words(x);
-                uint16_t *at = out + row / SIDE * SIDE * CHUNK + row % SIDE * 2 + pair * CHUNK;
-                for (int64_t i = 0; i < LANES; i++) memcpy(at + i * CHUNK, &x[i], sizeof x[i]);
-            }
+    for (int64_t c = 0; c < k; c += 2 * LANES, out += LANES * 2 * CHUNK)
+        for (int64_t row = 0; row < CHUNK; row += LANES) {
+            vu x[LANES] = {};
+            for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = pairs_of(w + (row + i) * k + c);
+            turn_words(x);
+            for (int64_t i = 0; i < LANES; i++) memcpy(out + i * 2 * CHUNK + row * 2, &x[i], sizeof x[i]);
+        }
 }
-
-// Vector i of a product's pair of channels, in tiles and spread (see spread_rows).
-#define EVEN_OF_TILES(i) (vf)(pairs_of(w + (i) / 2 * SIDE * CHUNK + pair * CHUNK + (i) % 2 * 2 * LANES) << 16)
-#define ODD_OF_TILES(i) (vf)(pairs_of(w + (i) / 2 * SIDE * CHUNK + pair * CHUNK + (i) % 2 * 2 * LANES) & 0xffff0000)
-#define EVEN_OF_SPREAD(i) load((const float *)w + pair * CHUNK + (i) * LANES)
-#define ODD_OF_SPREAD(i) load((const float *)w + pair * CHUNK + SIDE + (i) * LANES)
 
 // Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors: out[rows / 16][MOST][16].
-// Channels are taken one by one, so a sum is the same in any of these. step: from 32 channels of W to the next.
-#define DEFINE_LANES(NAME, T, V, TYPE, STEP, EVEN, ODD)                                                          \
-    static void NAME(const TYPE *w, const float *x, int64_t k, int64_t count, float *out) {                     \
-        const float *in[T];                                                                                     \
-        vf sums[T][V] = {};                                                                                     \
-        for (int64_t t = 0; t < T; t++) in[t] = x + min64(t, count - 1) * k;                                    \
-        for (int64_t c = 0; c < k; c += CHUNK, w += STEP)                                                       \
-            _Pragma("GCC unroll 2") for (int64_t pair = 0; pair < SIDE; pair++) {                               \
-                vf weights[V];                                                                                  \
-                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = EVEN(i);                       \
-                _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                             \
-                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++)                                         \
-                        sums[t][i] += weights[i] * splat(in[t][c + 2 * pair]);                                  \
-                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = ODD(i);                        \
-                _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                             \
-                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++)                                         \
-                        sums[t][i] += weights[i] * splat(in[t][c + 2 * pair + 1]);                              \
-            }                                                                                                   \
-        for (int64_t t = 0; t < min64(T, count); t++)                                                           \
-            for (int64_t i = 0; i < V; i++) store(out + i / 2 * SIDE * MOST + t * SIDE + i % 2 * LANES, sums[t][i]); \
+// Channels are taken one by one, so a sum is the same in any of these. Unrolled, or with words of W read once and kept, GCC
+// would run out of registers. next: half a chunk that is brought to the second cache meanwhile. One and two tokens are done
+// sooner than it comes, and the processor itself reads ahead.
+#define DEFINE_LANES(NAME, T, V)                                                                                        \
+    static void NAME(const uint16_t *w, const float *x, int64_t k, int64_t count, const uint16_t *next, float *out) {   \
+        const float *in[T];                                                                                             \
+        vf sums[T][V] = {};                                                                                             \
+        for (int64_t t = 0; t < T; t++) in[t] = x + min64(t, count - 1) * k;                                            \
+        _Pragma("GCC unroll 1") for (int64_t c = 0; c < k; c += 2, w += 2 * CHUNK) {                                    \
+            vf weights[V];                                                                                              \
+            if (T > 2) __builtin_prefetch(next + c * SIDE, 0, 2);                                                       \
+            _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = (vf)(pairs_of(w + i * 2 * LANES) << 16);   \
+            _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                                         \
+                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * splat(in[t][c]);         \
+            _Pragma("GCC unroll 4") for (int i = 0; i < V; i++)                                                         \
+                weights[i] = (vf)(pairs_of(w + i * 2 * LANES) & 0xffff0000);                                            \
+            _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                                         \
+                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * splat(in[t][c + 1]);     \
+        }                                                                                                               \
+        for (int64_t t = 0; t < min64(T, count); t++)                                                                   \
+            for (int64_t i = 0; i < V; i++) store(out + (i / 2 * MOST + t) * SIDE + i % 2 * LANES, sums[t][i]);         \
     }
-DEFINE_LANES(lanes_of_two, 2, 4, uint16_t, 2 * SIDE * CHUNK, EVEN_OF_TILES, ODD_OF_TILES)
-DEFINE_LANES(lanes_of_four, 4, 2, uint16_t, 2 * SIDE * CHUNK, EVEN_OF_TILES, ODD_OF_TILES)
-DEFINE_LANES(lanes_of_six, AT_ONCE, 2, uint16_t, 2 * SIDE * CHUNK, EVEN_OF_TILES, ODD_OF_TILES)
-DEFINE_LANES(spread_lanes_of_four, 4, 2, float, SIDE * CHUNK, EVEN_OF_SPREAD, ODD_OF_SPREAD)
-DEFINE_LANES(spread_lanes_of_six, AT_ONCE, 2, float, SIDE * CHUNK, EVEN_OF_SPREAD, ODD_OF_SPREAD)
-
-// 16 rows of a chunk in float32: out[K][16 rows].
-static void spread_rows(const uint16_t *w, int64_t k, float *out) {
-    for (int64_t c = 0; c < k; c += CHUNK, w += 2 * SIDE * CHUNK)
-        for (int64_t pair = 0; pair < SIDE; pair++, out += CHUNK)
-            for (int i = 0; i < 2; i++) {
-                store(out + i * LANES, EVEN_OF_TILES(i));
-                store(out + SIDE + i * LANES, ODD_OF_TILES(i));
-            }
-}
+DEFINE_LANES(lanes_of_one, 1, 4)
+DEFINE_LANES(lanes_of_two, 2, 4)
+DEFINE_LANES(lanes_of_four, 4, 2)
+DEFINE_LANES(lanes_of_six, AT_ONCE, 2)
 
 // A block of tokens and a chunk: sums[2][MOST][16 rows].
-static void multiply_lanes(const uint16_t *w, const float *x, int64_t k, int64_t tokens, float *spread, float *sums) {
-    if (tokens <= 2) {
-        lanes_of_two(w, x, k, tokens, sums);
-        return;
+static void multiply_lanes(const uint16_t *w, const float *x, int64_t k, int64_t tokens, float *sums) {
+    int64_t rest = tokens % AT_ONCE, last = rest <= 2 ? tokens - rest : tokens;
+    for (int64_t half = 0; half < 2; half++) {
+        const uint16_t *rows = w + half * 2 * SIDE, *next = w + (CHUNK + half * SIDE) * k;
+        for (int64_t t = 0; t < last; t += AT_ONCE)
+            (last - t <= 4 ? lanes_of_four : lanes_of_six)(rows, x + t * k, k, last - t, next, sums + (half * MOST + t) * SIDE);
     }
-    int spreads = tokens >= SPREAD_FROM && k * SIDE * 4 <= SPREAD_BYTES;
-    for (int half = 0; half < 2; half++, w += SIDE * CHUNK, sums += SIDE * MOST) {
-        if (spreads) spread_rows(w, k, spread);
-        for (int64_t t = 0; t < tokens; t += AT_ONCE) {
-            int64_t count = tokens - t;
-            if (spreads && count <= 4) spread_lanes_of_four(spread, x + t * k, k, count, sums + t * SIDE);
-            else if (spreads) spread_lanes_of_six(spread, x + t * k, k, count, sums + t * SIDE);
-            else if (count <= 4) lanes_of_four(w, x + t * k, k, count, sums + t * SIDE);
-            else lanes_of_six(w, x + t * k, k, count, sums + t * SIDE);
-        }
-    }
+    if (last < tokens) (rest == 1 ? lanes_of_one : lanes_of_two)(w, x + last * k, k, rest, NULL, sums + last * SIDE);
 }
 
 static inline vf rounded(vf x) {
@@ -153,12 +126,12 @@ static int64_t block_tokens(const struct linear *a) {
     return min64(MOST / AT_ONCE, max64(1, BLOCK_BYTES / (a->k * 4) / AT_ONCE)) * AT_ONCE;
 }
 
-// Of a thread: for a block of tokens in float32, 16 rows that are spread, and of codes kept chunks of numbers and one more.
+// Of a thread: for a block of tokens in float32, and of codes kept chunks of numbers and one more.
 static int64_t room_of(const struct linear *a) {
-    return (2 * (block_tokens(a) + SIDE) + (a->codes.bits ? (kept_chunks(a) + 1) * CHUNK : 0)) * a->k;
+    return (2 * block_tokens(a) + (a->codes.bits ? (kept_chunks(a) + 1) * CHUNK : 0)) * a->k;
 }
 
-// A chunk of codes as tiles; `rows` has room for it.
+// A chunk of codes as pairs; `rows` has room for it.
 static void widen_lanes(const struct linear *a, int64_t chunk, uint16_t *rows, uint16_t *out) {
     for (int64_t i = 0; i < CHUNK; i++) widen_row_of(&a->codes, chunk * CHUNK + i, 0, BFLOAT16, rows + i * a->k);
     pack_chunk(rows, CHUNK, a->k, out);
@@ -167,8 +140,8 @@ static void widen_lanes(const struct linear *a, int64_t chunk, uint16_t *rows, u
 // Chunks first .. end - 1 of W with all tokens.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *room, int64_t first, int64_t end) {
     int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * a->k, block = block_tokens(a);
-    float *x = (float *)room, *spread = x + block * a->k;
-    uint16_t *rows = (uint16_t *)(spread + SIDE * a->k), *numbers = rows + size;
+    float *x = (float *)room;
+    uint16_t *rows = room + 2 * block * a->k, *numbers = rows + size;
     float sums[2 * SIDE * MOST];
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
@@ -181,7 +154,7 @@ static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16
                 const uint16_t *w = (const uint16_t *)a->w + chunk * size;
                 if (chunk == whole) w = rest;
                 else if (a->codes.bits) w = numbers + (chunk - begin) * size;
-                multiply_lanes(w, x, a->k, tokens, spread, sums);
+                multiply_lanes(w, x, a->k, tokens, sums);
                 write_lanes(a, sums, token, tokens, chunk * CHUNK);
             }
         }
