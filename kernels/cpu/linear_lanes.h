@@ -37,6 +37,9 @@ static inline void turn_words(vu x[LANES]) {
     }
 }
 
+// Where a packed chunk has a pair of channels of a row.
+static inline int64_t place_in_chunk(int64_t row, int64_t pair) { return (pair * CHUNK + row) * 2; }
+
 // `rows` rows of W, up to 32, as pairs of channels: out[K / 2][32 rows][2], which is read from its beginning to its end.
 // Rows that are missing are zeros.
 static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out) {
@@ -45,7 +48,7 @@ static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out
             vu x[LANES] = {};
             for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = pairs_of(w + (row + i) * k + c);
             turn_words(x);
-            for (int64_t i = 0; i < LANES; i++) memcpy(out + i * 2 * CHUNK + row * 2, &x[i], sizeof x[i]);
+            for (int64_t i = 0; i < LANES; i++) memcpy(out + place_in_chunk(row, i), &x[i], sizeof x[i]);
         }
 }
 

@@ -2,6 +2,7 @@
 
 #pragma once
 #include "linear_lanes.h"
+#include "linear_tiles.h"
 
 struct rows {
     const void *w;
@@ -11,15 +12,6 @@ struct rows {
     struct codes codes;  // in the place of w
     float scale;         // 1: numbers of any format are copied
 };
-
-// Where a packed chunk has a pair of channels of a row.
-static inline int64_t place_in_chunk(int64_t row, int64_t pair) {
-#ifdef HAVE_LANES
-    return (pair * CHUNK + row) * 2;
-#else
-    return pair / SIDE * CHUNK * CHUNK + row / SIDE * SIDE * CHUNK + pair % SIDE * CHUNK + row % SIDE * 2;
-#endif
-}
 
 static void scale_numbers(const struct rows *a, void *out) {
     for (int64_t c = 0; c < a->k; c++) {
@@ -43,11 +35,14 @@ int linear_rows(const struct rows *a) {
         }
         int packed = a->packed && row < a->n / 32 * 32;
         if (a->codes.bits) widen_row_of(&a->codes, row, packed, a->format, out);
+#if defined(HAVE_AMX) || defined(HAVE_LANES)
         else if (packed) {
             const uint16_t *chunk = (const uint16_t *)a->w + row / CHUNK * CHUNK * a->k;
             for (int64_t pair = 0; pair < a->k / 2; pair++)
                 memcpy(out + 4 * pair, chunk + place_in_chunk(row % CHUNK, pair), 4);
-        } else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
+        }
+#endif
+        else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);
         if (a->scale != 1) scale_numbers(a, out);
     }
     return 0;

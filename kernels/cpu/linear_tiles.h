@@ -13,6 +13,11 @@ enum {
     KEPT_SUMS = KEPT_BYTES / (CHUNK * 2 * (PANEL + CHUNK)) + 1  // chunks, where channels fill more than a panel
 };
 
+// Where a packed chunk has a pair of channels of a row.
+static inline int64_t place_in_chunk(int64_t row, int64_t pair) {
+    return pair / SIDE * CHUNK * CHUNK + row / SIDE * SIDE * CHUNK + pair % SIDE * CHUNK + row % SIDE * 2;
+}
+
 // `rows` rows of W, up to 32, as tiles: out[K / 32][2][16 pairs][16 rows][2]. Rows that are missing are zeros.
 static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out) {
     for (int64_t c = 0; c < k; c += CHUNK)
