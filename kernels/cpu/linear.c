@@ -5,9 +5,9 @@
 // and in any batch, and with any number of threads. linear_dots.h: in vectors, of a plain W. linear_tiles.h: on the matrix
 // unit, of a W in bfloat16 that is packed where it lies, so that it needs no second place. Each 32 of its rows become, for
 // each 32 channels, two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h).
-// linear_lanes.h: in vectors of rows, of a W whose every 32 rows become pairs of channels by 32 rows. Rows past the last whole
-// 32 stay as they are, and are packed again in every call. A W that is kept as codes (linear_codes.h) becomes numbers just
-// before they are multiplied: they are in a cache then, and only codes come from memory.
+// linear_lanes.h: in vectors of rows, of a W in float32 or bfloat16 whose every 32 rows lie word by word. Rows past the last
+// whole 32 stay as they are, and are packed again in every call. A W that is kept as codes (linear_codes.h) becomes numbers
+// just before they are multiplied: they are in a cache then, and only codes come from memory.
 
 #include <stdlib.h>
 
@@ -45,25 +45,25 @@ static int64_t parts_of(const struct linear *a, int64_t chunks) {
 }
 #endif
 
-// Whether weights may be packed.
-int linear_packs(void) {
+// Whether weights of a format may be packed.
+int linear_packs(int64_t format) {
 #if defined(HAVE_AMX)
-    return tiles_granted();
+    return format == BFLOAT16 && tiles_granted();
 #elif defined(HAVE_LANES)
-    return 1;
+    return format == BFLOAT16 || format == FLOAT32;
 #else
     return 0;
 #endif
 }
 
-// W [n, k] in place; k is a multiple of 32. Returns 1 for want of memory.
-int linear_pack(uint16_t *w, int64_t n, int64_t k) {
+// n rows of W in place, each `width` times 16 bits, a multiple of 32. Returns 1 for want of memory.
+int linear_pack(uint16_t *w, int64_t n, int64_t width) {
 #ifdef PACKS
-    uint16_t *packed = malloc((size_t)(CHUNK * k) * 2);
+    uint16_t *packed = malloc((size_t)(CHUNK * width) * 2);
     if (!packed) return 1;
     for (int64_t row = 0; row + CHUNK <= n; row += CHUNK) {
-        pack_chunk(w + row * k, CHUNK, k, packed);
-        memcpy(w + row * k, packed, (size_t)(CHUNK * k) * 2);
+        pack_chunk(w + row * width, CHUNK, width, packed);
+        memcpy(w + row * width, packed, (size_t)(CHUNK * width) * 2);
     }
     free(packed);
 #endif
@@ -82,7 +82,8 @@ int linear_pack_codes(const struct codes *w, int64_t n) {
 // Of a packed W. Returns 1 for want of memory.
 int linear_packed(const struct linear *a) {
 #ifdef PACKS
-    int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads, size = CHUNK * a->k;
+    int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads;
+    int64_t width = row_width(a), size = CHUNK * width;
     int64_t each = room_of(a), last = whole < chunks ? 2 * size : 0;
     uint16_t *room = last + each ? aligned_alloc(64, (size_t)(last + threads * each) * 2) : NULL, *rest = room;
     if (last + each && !room) return 1;
@@ -90,10 +91,10 @@ int linear_packed(const struct linear *a) {
         const uint16_t *rows = (const uint16_t *)a->w + whole * size;
         if (a->codes.bits) {
             for (int64_t row = whole * CHUNK; row < a->n; row++)
-                widen_row_of(&a->codes, row, 0, BFLOAT16, rest + size + row % CHUNK * a->k);
+                widen_row_of(&a->codes, row, 0, a->format, rest + size + row % CHUNK * width);
             rows = rest + size;
         }
-        pack_chunk(rows, a->n - whole * CHUNK, a->k, rest);
+        pack_chunk(rows, a->n - whole * CHUNK, width, rest);
     }
     struct product product = {a, rest, room + last, each, chunks, min64(parts_of(a, chunks), chunks)};
     kvshard_share_out(multiply_part, &product, product.parts, threads);

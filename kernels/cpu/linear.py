@@ -57,6 +57,7 @@ def _library(*more_flags: str) -> ctypes.CDLL | None:
     """None without a compiler."""
     library = load("linear.c", *more_flags)
     if library is not None:
+        library.linear_packs.argtypes = [_INT]
         library.linear_pack.argtypes = [_POINTER, _INT, _INT]
         library.linear_pack_codes.argtypes = [_POINTER, _INT]
     return library
@@ -77,10 +78,10 @@ def _fast_in_torch(dtype: torch.dtype) -> bool:
 def can_pack(weight: Tensor | WeightCodes) -> bool:
     """Whether a weight, [N, K], may be packed: for the matrix unit or the vectors of the processor."""
     width = weight.shape[1]
-    fits = weight.dtype == torch.bfloat16 and width > 0 and width % _CHANNELS == 0
+    fits = weight.dtype in _DTYPES and width > 0 and width % _CHANNELS == 0
     whole = isinstance(weight, WeightCodes) or weight.is_contiguous()
     library = _library()
-    return fits and whole and library is not None and bool(library.linear_packs())
+    return fits and whole and library is not None and bool(library.linear_packs(FORMAT_CODES[weight.dtype]))
 
 
 def pack(weight: Tensor | WeightCodes) -> None:
@@ -90,7 +91,8 @@ def pack(weight: Tensor | WeightCodes) -> None:
     if isinstance(weight, WeightCodes):
         status = library.linear_pack_codes(ctypes.byref(_codes(weight)), weight.shape[0])
     else:
-        status = library.linear_pack(weight.data_ptr(), *weight.shape)
+        num_rows, width = weight.shape
+        status = library.linear_pack(weight.data_ptr(), num_rows, width * weight.dtype.itemsize // 2)
     if status:
         raise no_memory(status)
 

@@ -1,8 +1,8 @@
 // Products with a packed W in vectors of 8 rows, for processors with AVX2 and neither a matrix unit nor AVX-512 (torch's
-// products in bfloat16 need one of them to be fast).
+// products in bfloat16 need one of them to be fast, and those in float32 are no faster than these).
 //
 // The lanes of a sum are rows, so nothing is left to add up at the end, and six tokens share what is read of W. A word of W
-// holds two channels of a row: shifted it is the even one in float32, masked the odd one.
+// holds a channel of a row in float32, or two in bfloat16: shifted it is the even one in float32, masked the odd one.
 
 #pragma once
 #include "activation.h"
@@ -17,10 +17,10 @@ enum {
     BLOCK_BYTES = 224 << 10  // of them in float32, which stay in the second cache
 };
 
-static inline vu pairs_of(const uint16_t *w) {
-    vu pairs;
-    memcpy(&pairs, w, sizeof pairs);
-    return pairs;
+static inline vu words_of(const uint16_t *w) {
+    vu words;
+    memcpy(&words, w, sizeof words);
+    return words;
 }
 
 // Rows become columns.
@@ -37,128 +37,169 @@ static inline void turn_words(vu x[LANES]) {
     }
 }
 
-// Where a packed chunk has a pair of channels of a row.
-static inline int64_t place_in_chunk(int64_t row, int64_t pair) { return (pair * CHUNK + row) * 2; }
+// Tokens of a block in float32.
+struct tokens {
+    const float *numbers;
+    int64_t stride, count, k;
+};
 
-// `rows` rows of W, up to 32, as pairs of channels: out[K / 2][32 rows][2], which is read from its beginning to its end.
+// Where a packed chunk has a word of a row.
+static inline int64_t place_in_chunk(int64_t row, int64_t word) { return (word * CHUNK + row) * 2; }
+
+// `rows` rows of W, up to 32, word by word: out[width / 2][32 rows][2], which is read from its beginning to its end.
 // Rows that are missing are zeros.
-static void pack_chunk(const uint16_t *w, int64_t rows, int64_t k, uint16_t *out) {
-    for (int64_t c = 0; c < k; c += 2 * LANES, out += LANES * 2 * CHUNK)
+static void pack_chunk(const uint16_t *w, int64_t rows, int64_t width, uint16_t *out) {
+    for (int64_t c = 0; c < width; c += 2 * LANES, out += LANES * 2 * CHUNK)
         for (int64_t row = 0; row < CHUNK; row += LANES) {
             vu x[LANES] = {};
-            for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = pairs_of(w + (row + i) * k + c);
+            for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = words_of(w + (row + i) * width + c);
             turn_words(x);
             for (int64_t i = 0; i < LANES; i++) memcpy(out + place_in_chunk(row, i), &x[i], sizeof x[i]);
         }
 }
 
+// A channel of the vector of rows at w, where a word has one (WORD 1) or two.
+#define WEIGHTS(WORD, w, channel) \
+    ((vf)(WORD == 1 ? words_of(w) : channel ? words_of(w) & 0xffff0000 : words_of(w) << 16))
+
 // Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors: out[rows / 16][MOST][16].
 // Channels are taken one by one, so a sum is the same in any of these. Unrolled, or with words of W read once and kept, GCC
-// would run out of registers. next: half a chunk that is brought to the second cache meanwhile. One and two tokens are done
-// sooner than it comes, and the processor itself reads ahead.
-#define DEFINE_LANES(NAME, T, V)                                                                                        \
-    static void NAME(const uint16_t *w, const float *x, int64_t k, int64_t count, const uint16_t *next, float *out) {   \
+// would run out of registers. next: what is brought to the second cache meanwhile, so many bytes for each word.
+#define DEFINE_LANES(NAME, T, V, WORD)                                                                                  \
+    static void NAME(const uint16_t *w, const struct tokens *x, int64_t first, const char *next, int64_t bytes, float *out) { \
         const float *in[T];                                                                                             \
+        int64_t k = x->k;                                                                                               \
         vf sums[T][V] = {};                                                                                             \
-        for (int64_t t = 0; t < T; t++) in[t] = x + min64(t, count - 1) * k;                                            \
-        _Pragma("GCC unroll 1") for (int64_t c = 0; c < k; c += 2, w += 2 * CHUNK) {                                    \
-            vf weights[V];                                                                                              \
-            if (T > 2) __builtin_prefetch(next + c * SIDE, 0, 2);                                                       \
-            _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = (vf)(pairs_of(w + i * 2 * LANES) << 16);   \
-            _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                                         \
-                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * splat(in[t][c]);         \
-            _Pragma("GCC unroll 4") for (int i = 0; i < V; i++)                                                         \
-                weights[i] = (vf)(pairs_of(w + i * 2 * LANES) & 0xffff0000);                                            \
-            _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                                         \
-                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * splat(in[t][c + 1]);     \
+        for (int64_t t = 0; t < T; t++) in[t] = x->numbers + min64(first + t, x->count - 1) * x->stride;                \
+        _Pragma("GCC unroll 1") for (int64_t c = 0; c < k; c += WORD, w += 2 * CHUNK, next += bytes) {                  \
+            if (T > 2) __builtin_prefetch(next, 0, 2);                                                                  \
+            _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                    \
+                vf weights[V];                                                                                          \
+                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = WEIGHTS(WORD, w + i * 2 * LANES, j);   \
+                _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                                     \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * splat(in[t][c + j]); \
+            }                                                                                                           \
         }                                                                                                               \
-        for (int64_t t = 0; t < min64(T, count); t++)                                                                   \
+        for (int64_t t = 0; t < min64(T, x->count - first); t++)                                                        \
             for (int64_t i = 0; i < V; i++) store(out + (i / 2 * MOST + t) * SIDE + i % 2 * LANES, sums[t][i]);         \
     }
-DEFINE_LANES(lanes_of_one, 1, 4)
-DEFINE_LANES(lanes_of_two, 2, 4)
-DEFINE_LANES(lanes_of_four, 4, 2)
-DEFINE_LANES(lanes_of_six, AT_ONCE, 2)
+DEFINE_LANES(bfloat16_of_one, 1, 4, 2)
+DEFINE_LANES(bfloat16_of_two, 2, 4, 2)
+DEFINE_LANES(bfloat16_of_four, 4, 2, 2)
+DEFINE_LANES(bfloat16_of_six, AT_ONCE, 2, 2)
+DEFINE_LANES(float32_of_one, 1, 4, 1)
+DEFINE_LANES(float32_of_two, 2, 4, 1)
+DEFINE_LANES(float32_of_four, 4, 2, 1)
+DEFINE_LANES(float32_of_six, AT_ONCE, 2, 1)
 
-// A block of tokens and a chunk: sums[2][MOST][16 rows].
-static void multiply_lanes(const uint16_t *w, const float *x, int64_t k, int64_t tokens, float *sums) {
-    int64_t rest = tokens % AT_ONCE, last = rest <= 2 ? tokens - rest : tokens;
+typedef void lanes_of(const uint16_t *, const struct tokens *, int64_t, const char *, int64_t, float *);
+static lanes_of *const of_format[][4] = {
+    [FLOAT32] = {float32_of_one, float32_of_two, float32_of_four, float32_of_six},
+    [BFLOAT16] = {bfloat16_of_one, bfloat16_of_two, bfloat16_of_four, bfloat16_of_six},
+};
+
+// A block of tokens and a chunk: sums[2][MOST][16 rows]. Half of the next chunk is brought near by the tokens that meet half
+// of this one, each six their share: by the first six alone it would be more at a time than the memory gives. One and two
+// tokens are done sooner than it comes, and the processor itself reads ahead.
+static void multiply_lanes(const struct linear *a, const uint16_t *w, const struct tokens *x, float *sums) {
+    lanes_of *const *of = of_format[a->format];
+    int64_t rest = x->count % AT_ONCE, last = rest <= 2 ? x->count - rest : x->count, half_bytes = SIDE * 2 * row_width(a);
+    int64_t shares = (last + AT_ONCE - 1) / AT_ONCE;
     for (int64_t half = 0; half < 2; half++) {
-        const uint16_t *rows = w + half * 2 * SIDE, *next = w + (CHUNK + half * SIDE) * k;
-        for (int64_t t = 0; t < last; t += AT_ONCE)
-            (last - t <= 4 ? lanes_of_four : lanes_of_six)(rows, x + t * k, k, last - t, next, sums + (half * MOST + t) * SIDE);
+        const char *next = (const char *)(w + CHUNK * row_width(a)) + half * half_bytes;
+        for (int64_t i = 0; i < shares; i++) {
+            int64_t t = i * AT_ONCE;
+            float *out = sums + (half * MOST + t) * SIDE;
+            of[last - t <= 4 ? 2 : 3](w + half * 2 * SIDE, x, t, next + i * half_bytes / shares, 64 / shares, out);
+        }
     }
-    if (last < tokens) (rest == 1 ? lanes_of_one : lanes_of_two)(w, x + last * k, k, rest, NULL, sums + last * SIDE);
+    if (last < x->count) of[rest - 1](w, x, last, NULL, 0, sums + last * SIDE);
 }
 
-static inline vf rounded(vf x) {
+static inline vf load_numbers(int64_t format, const void *p, int64_t i) {
+    return format == FLOAT32 ? load((const float *)p + i) : load_bf16((const uint16_t *)p + i);
+}
+static inline void store_numbers(int64_t format, void *p, int64_t i, vf x) {
+    if (format == FLOAT32) store((float *)p + i, x);
+    else store_bf16((uint16_t *)p + i, x);
+}
+
+static inline vf rounded(int64_t format, vf x) {
     uint16_t h[LANES];
+    if (format == FLOAT32) return x;
     store_bf16(h, x);
     return load_bf16(h);
 }
 
 static void write_lanes(const struct linear *a, const float *sums, int64_t token, int64_t tokens, int64_t row) {
-    int64_t rows = min64(CHUNK, a->n - row);
+    int64_t rows = min64(CHUNK, a->n - row), format = a->to_float32 ? FLOAT32 : a->format;
     for (int64_t t = token; t < token + tokens; t++, sums += SIDE) {
         if (a->gated) {
             for (int i = 0; i < SIDE; i += LANES) {
-                vf gate = rounded(load(sums + i)), up = rounded(load(sums + SIDE * MOST + i));
-                store_bf16((uint16_t *)a->out + (t * a->n + row) / 2 + i, gated_of(gate, up, (int)a->gelu));
+                vf gate = rounded(format, load(sums + i)), up = rounded(format, load(sums + SIDE * MOST + i));
+                store_numbers(format, a->out, (t * a->n + row) / 2 + i, gated_of(gate, up, (int)a->gelu));
             }
             continue;
         }
         for (int64_t i = 0; i < rows; i += LANES) {
             const float *at = sums + i / SIDE * SIDE * MOST + i % SIDE;
-            int64_t place = t * a->n + row + i;
             if (i + LANES > rows) {
                 for (int64_t j = i; j < rows; j++) write_dot(a, t, row + j, at[j - i]);
                 continue;
             }
             vf sum = load(at);
-            if (a->bias) sum += load_bf16((const uint16_t *)a->bias + row + i);
-            if (a->to_float32) store((float *)a->out + place, sum);
-            else store_bf16((uint16_t *)a->out + place, sum);
+            if (a->bias) sum += load_numbers(a->format, a->bias, row + i);
+            store_numbers(format, a->out, t * a->n + row + i, sum);
         }
     }
 }
 
 // Chunks of W that all tokens meet before the next.
-static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * a->k) + 1; }
+static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_width(a)) + 1; }
 
 static int64_t block_tokens(const struct linear *a) {
     return min64(MOST / AT_ONCE, max64(1, BLOCK_BYTES / (a->k * 4) / AT_ONCE)) * AT_ONCE;
 }
 
-// Of a thread: for a block of tokens in float32, and of codes kept chunks of numbers and one more.
+// Of a thread: for a block of tokens that are not in float32, and of codes kept chunks of numbers and one more.
+static int64_t tokens_room(const struct linear *a) { return a->format == FLOAT32 ? 0 : 2 * block_tokens(a) * a->k; }
 static int64_t room_of(const struct linear *a) {
-    return (2 * block_tokens(a) + (a->codes.bits ? (kept_chunks(a) + 1) * CHUNK : 0)) * a->k;
+    return tokens_room(a) + (a->codes.bits ? (kept_chunks(a) + 1) * CHUNK * row_width(a) : 0);
 }
 
-// A chunk of codes as pairs; `rows` has room for it.
+// A chunk of codes as words of numbers; `rows` has room for it.
 static void widen_lanes(const struct linear *a, int64_t chunk, uint16_t *rows, uint16_t *out) {
-    for (int64_t i = 0; i < CHUNK; i++) widen_row_of(&a->codes, chunk * CHUNK + i, 0, BFLOAT16, rows + i * a->k);
-    pack_chunk(rows, CHUNK, a->k, out);
+    int64_t width = row_width(a);
+    for (int64_t i = 0; i < CHUNK; i++) widen_row_of(&a->codes, chunk * CHUNK + i, 0, a->format, rows + i * width);
+    pack_chunk(rows, CHUNK, width, out);
+}
+
+// Tokens first .. first + count - 1; those that are not in float32 are widened into the room.
+static struct tokens take_tokens(const struct linear *a, int64_t first, int64_t count, float *room) {
+    if (a->format == FLOAT32) return (struct tokens){(const float *)a->x + first * a->x_stride, a->x_stride, count, a->k};
+    for (int64_t t = 0; t < count; t++) widen_token(a, first + t, a->k, room + t * a->k);
+    return (struct tokens){room, a->k, count, a->k};
 }
 
 // Chunks first .. end - 1 of W with all tokens.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *room, int64_t first, int64_t end) {
-    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * a->k, block = block_tokens(a);
-    float *x = (float *)room;
-    uint16_t *rows = room + 2 * block * a->k, *numbers = rows + size;
+    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_width(a), block = block_tokens(a);
+    uint16_t *rows = room + tokens_room(a), *numbers = rows + size;
+    struct tokens x = {0};
     float sums[2 * SIDE * MOST];
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
         for (int64_t chunk = begin; a->codes.bits && chunk < min64(behind, whole); chunk++)
             widen_lanes(a, chunk, rows, numbers + (chunk - begin) * size);
         for (int64_t token = 0; token < a->num_tokens; token += block) {
-            int64_t tokens = min64(block, a->num_tokens - token);
-            for (int64_t t = 0; t < tokens; t++) widen_token(a, token + t, a->k, x + t * a->k);
+            if (begin == first || a->num_tokens > block)
+                x = take_tokens(a, token, min64(block, a->num_tokens - token), (float *)room);
             for (int64_t chunk = begin; chunk < behind; chunk++) {
                 const uint16_t *w = (const uint16_t *)a->w + chunk * size;
                 if (chunk == whole) w = rest;
                 else if (a->codes.bits) w = numbers + (chunk - begin) * size;
-                multiply_lanes(w, x, a->k, tokens, sums);
-                write_lanes(a, sums, token, tokens, chunk * CHUNK);
+                multiply_lanes(a, w, &x, sums);
+                write_lanes(a, sums, token, x.count, chunk * CHUNK);
             }
         }
     }

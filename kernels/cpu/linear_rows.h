@@ -37,9 +37,9 @@ int linear_rows(const struct rows *a) {
         if (a->codes.bits) widen_row_of(&a->codes, row, packed, a->format, out);
 #if defined(HAVE_AMX) || defined(HAVE_LANES)
         else if (packed) {
-            const uint16_t *chunk = (const uint16_t *)a->w + row / CHUNK * CHUNK * a->k;
-            for (int64_t pair = 0; pair < a->k / 2; pair++)
-                memcpy(out + 4 * pair, chunk + place_in_chunk(row % CHUNK, pair), 4);
+            const uint16_t *chunk = (const uint16_t *)((const uint8_t *)a->w + row / CHUNK * CHUNK * row_bytes);
+            for (int64_t word = 0; word < row_bytes / 4; word++)
+                memcpy(out + 4 * word, chunk + place_in_chunk(row % CHUNK, word), 4);
         }
 #endif
         else memcpy(out, (const uint8_t *)a->w + row * row_bytes, (size_t)row_bytes);

@@ -13,7 +13,7 @@ enum {
     KEPT_SUMS = KEPT_BYTES / (CHUNK * 2 * (PANEL + CHUNK)) + 1  // chunks, where channels fill more than a panel
 };
 
-// Where a packed chunk has a pair of channels of a row.
+// Where a packed chunk has a word of a row, a pair of channels.
 static inline int64_t place_in_chunk(int64_t row, int64_t pair) {
     return pair / SIDE * CHUNK * CHUNK + row / SIDE * SIDE * CHUNK + pair % SIDE * CHUNK + row % SIDE * 2;
 }

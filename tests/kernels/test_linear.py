@@ -17,8 +17,8 @@ WIDTHS = (32, 96, 100, 576)
 IN_C = 64  # tokens up to which a plain weight is read in C
 
 
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def exact(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
@@ -30,8 +30,8 @@ def assert_differs(got: Tensor, expected: Tensor) -> None:
         assert_within(got, expected, "product")
 
 
-def is_packed() -> bool:
-    return LinearWeight.take(torch.zeros(32, 32, dtype=torch.bfloat16)).packed
+def is_packed(dtype: torch.dtype = torch.bfloat16) -> bool:
+    return LinearWeight.take(torch.zeros(32, 32, dtype=dtype)).packed
 
 
 needs_packing = pytest.mark.skipif(not is_packed(), reason="this processor packs nothing")
@@ -51,14 +51,20 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize(
     ("taken", "dtype"),
-    [(True, torch.bfloat16), (False, torch.bfloat16), (False, torch.float32), (False, torch.float16)],
-    ids=["taken", "plain", "float32", "float16"],
+    [
+        (True, torch.bfloat16),
+        (True, torch.float32),
+        (False, torch.bfloat16),
+        (False, torch.float32),
+        (False, torch.float16),
+    ],
+    ids=["taken", "taken float32", "plain", "float32", "float16"],
 )
 def test_products(taken: bool, dtype: torch.dtype, num_rows: int, width: int) -> None:
-    w, bias = numbers(num_rows, width, seed=1).to(dtype), numbers(num_rows, seed=2).to(dtype)
+    w, bias = numbers(num_rows, width, seed=1, dtype=dtype), numbers(num_rows, seed=2, dtype=dtype)
     weight = LinearWeight.take(w.clone()) if taken else LinearWeight(w)
     for tokens in TOKENS:
-        x = numbers(tokens, width, seed=3).to(dtype)
+        x = numbers(tokens, width, seed=3, dtype=dtype)
         expected = exact(x, w, bias)
         assert_within(linear(x, weight, bias), expected.to(dtype), "product")
         assert_within(linear(x, weight), exact(x, w, torch.zeros(num_rows)).to(dtype), "product")
@@ -67,10 +73,12 @@ def test_products(taken: bool, dtype: torch.dtype, num_rows: int, width: int) ->
 
 
 @pytest.mark.usefixtures("processor")
-def test_any_wrong_number_is_seen() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_any_wrong_number_is_seen(dtype: torch.dtype) -> None:
     """One number of the weight, the bias or the input changed, at a border of tiles or in the last, partly filled one."""
-    w, bias, x = numbers(83, 96, seed=1), numbers(83, seed=2), numbers(33, 96, seed=3)
-    expected = exact(x, w, bias).bfloat16()
+    w, bias = numbers(83, 96, seed=1, dtype=dtype), numbers(83, seed=2, dtype=dtype)
+    x = numbers(33, 96, seed=3, dtype=dtype)
+    expected = exact(x, w, bias).to(dtype)
     for row, column in ((0, 0), (31, 31), (32, 32), (64, 95), (82, 95)):
         wrong = w.clone()
         wrong[row, column] += 1
@@ -89,11 +97,12 @@ def test_any_wrong_number_is_seen() -> None:
     ("packed", "dtype"),
     [
         (True, torch.bfloat16),
+        (True, torch.float32),
         (False, torch.bfloat16),
         (False, torch.float32),
         (False, torch.float16),
     ],
-    ids=["packed", "bfloat16", "float32", "float16"],
+    ids=["packed", "packed float32", "bfloat16", "float32", "float16"],
 )
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [576, 1952, 4128], ids=["one panel", "four panels", "eight panels"])
@@ -101,10 +110,10 @@ def test_any_wrong_number_is_seen() -> None:
 def test_a_token_has_the_same_bits_in_any_batch(
     width: int, num_threads: int, packed: bool, dtype: torch.dtype
 ) -> None:
-    if packed and not is_packed():
-        pytest.skip("this processor packs nothing")
+    if packed and not is_packed(dtype):
+        pytest.skip("this processor packs none of these")
     tokens = 70 if packed else IN_C
-    w, x = numbers(83, width, seed=1).to(dtype), numbers(tokens, width, seed=3).to(dtype) / 4
+    w, x = numbers(83, width, seed=1, dtype=dtype), numbers(tokens, width, seed=3, dtype=dtype) / 4
     weight = LinearWeight.take(w.clone()) if packed else LinearWeight(w)
     whole = linear(x, weight, dtype=torch.float32)
     assert_within(whole, exact(x, w, torch.zeros(83)).float(), "product")
@@ -128,23 +137,26 @@ def test_broken_tokens_harm_no_others() -> None:
     assert torch.equal(got[others], whole[others])
 
 
-def test_rows_of_any_stride() -> None:
-    wide = numbers(9, 200, seed=3)
-    w, bias = numbers(83, 96, seed=1), numbers(83, seed=2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_any_stride(dtype: torch.dtype) -> None:
+    wide = numbers(9, 200, seed=3, dtype=dtype)
+    w, bias = numbers(83, 96, seed=1, dtype=dtype), numbers(83, seed=2, dtype=dtype)
     x = wide[:, 50:146]
     got = linear(x, LinearWeight.take(w.clone()), bias)
-    assert_within(got, exact(x, w, bias).bfloat16(), "product")
+    assert_within(got, exact(x, w, bias).to(dtype), "product")
 
 
-@needs_packing
-@pytest.mark.parametrize("bits", [16, 8], ids=["numbers", "codes"])
-def test_more_rows_than_are_kept(bits: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("coded", [False, True], ids=["numbers", "codes"])
+def test_more_rows_than_are_kept(coded: bool, dtype: torch.dtype) -> None:
     """A matrix that is met in several parts, each in several panels."""
-    w, x = numbers(700, 1952, seed=1), numbers(70, 1952, seed=3)
+    if not is_packed(dtype):
+        pytest.skip("this processor packs none of these")
+    w, x = numbers(700, 1952, seed=1, dtype=dtype), numbers(70, 1952, seed=3, dtype=dtype) / 4
     kept: Tensor | WeightCodes = w.clone()
-    if bits == 8:
+    if coded:
         scales = torch.full((700, 61), 0.03125, dtype=torch.float16)
-        kept = WeightCodes((w * 32).clamp(-127, 127).to(torch.int8), scales, None, torch.bfloat16)
+        kept = WeightCodes((w * 32).clamp(-127, 127).to(torch.int8), scales, None, dtype)
         w = kept.widen()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -160,7 +172,7 @@ def test_more_rows_than_are_kept(bits: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", ROWS)
 def test_embedding(num_rows: int, dtype: torch.dtype) -> None:
-    w = numbers(num_rows, 96).to(dtype)
+    w = numbers(num_rows, 96, dtype=dtype)
     weight = LinearWeight.take(w.clone())
     for ids in (
         torch.arange(num_rows),
@@ -186,7 +198,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_packed() -> None:
     """Other dtypes, widths that tiles do not divide, empty ones, and views."""
-    for w in (numbers(32, 32).float(), numbers(32, 40), numbers(32, 0), numbers(32, 64)[:, :32]):
+    for w in (numbers(32, 32).half(), numbers(32, 40), numbers(32, 0), numbers(32, 64)[:, :32]):
         kept = w.clone()
         weight = LinearWeight.take(w)
         assert not weight.packed
