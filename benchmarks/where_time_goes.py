@@ -2,11 +2,11 @@
 
     python benchmarks/where_time_goes.py --threads 2
 
-Steps of the demo model in bfloat16: decode of 1 row and of 32 rows, decode with a prompt beside it, a short prompt, and a chunk
-of 1,024 prompt tokens. Operations are timed around their calls, with steps run through Python; the last lines give the whole
-step as it comes, and as it is played (kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or multiply-adds over the
-rate of a product of 2,048 x 2,048, torch's (in float32 where it has no fast bfloat16) or kvshard's own in bfloat16, whichever
-takes longer.
+Steps of the demo model: decode of 1 row and of 32 rows, decode with a prompt beside it, a short prompt, and a chunk of 1,024
+prompt tokens. Operations are timed around their calls, with steps run through Python; the last lines give the whole step as it
+comes, and as it is played (kernels/cpu/tape.py). Floors: bytes over the rate at which the machine read 256 MB just before, or
+multiply-adds over the rate of a product of 2,048 x 2,048, torch's (in float32 where it has no fast bfloat16) or kvshard's own,
+whichever takes longer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WIDTHS = {
     (576, 1536): "down",
     (49152, 576): "LM head",
 }
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, BYTES = 30, 9, 3, 64, 576, 1536, 2
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 9, 3, 64
 
 
 @dataclass
@@ -71,7 +71,7 @@ CASES = [
 ]
 
 
-def floors(case: Case, read_rate: float, flop_rate: float) -> dict[str, float]:
+def floors(case: Case, number_bytes: int, read_rate: float, flop_rate: float) -> dict[str, float]:
     """Milliseconds a step that each operation cannot be faster than."""
 
     def ms(num_bytes: float, flops: float = 0) -> float:
@@ -81,21 +81,22 @@ def floors(case: Case, read_rate: float, flop_rate: float) -> dict[str, float]:
     for (n, k), name in WIDTHS.items():
         tokens = len(case.new_tokens) if name == "LM head" else sum(case.new_tokens)
         times = 1 if name == "LM head" else LAYERS
-        out[name] = ms(times * n * k * BYTES, times * 2 * n * k * tokens)
+        out[name] = ms(times * n * k * number_bytes, times * 2 * n * k * tokens)
     rows = zip(case.new_tokens, case.contexts, strict=True)
     seen = sum(tokens * context - (tokens - 1) * tokens / 2 for tokens, context in rows)
-    kv_bytes = LAYERS * sum(case.contexts) * 2 * KV_HEADS * HEAD_DIM * BYTES
+    kv_bytes = LAYERS * sum(case.contexts) * 2 * KV_HEADS * HEAD_DIM * number_bytes
     out["attention"] = ms(kv_bytes, LAYERS * 4 * seen * HEADS * HEAD_DIM)
     return out
 
 
-def rates() -> tuple[float, float]:
+def rates(dtype: torch.dtype) -> tuple[float, float]:
     """Bytes read a second, and floating point operations a second."""
     numbers = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-    square = torch.randn(SIDE, SIDE).bfloat16()
+    square = torch.randn(SIDE, SIDE).to(dtype)
     reading = min(_seconds(numbers.sum) for _ in range(5))
     taken = LinearWeight.take(square.clone())
-    of_torch = square if torch.ops.mkldnn._is_mkldnn_bf16_supported() else square.float()  # else minutes
+    fast = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    of_torch = square if fast else square.float()  # else minutes
     products = (lambda: of_torch @ of_torch, lambda: linear(square, taken))
     computing = min(_seconds(product) for product in products for _ in range(5))
     return READ_BYTES / reading, 2 * SIDE**3 / computing
@@ -167,17 +168,19 @@ def main() -> None:
     parser = record.parser("where_time_goes", __doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     result = record.describe("where_time_goes")
     torch.set_num_threads(arguments.threads)
     llm = LLM(
         "demo",
-        dtype="bfloat16",
+        dtype=arguments.dtype,
         device="cpu",
         threads_per_shard=arguments.threads,
         cache={"prefix_caching": False},
         scheduler={"max_num_seqs": 32, "max_num_batched_tokens": 1024, "max_model_len": 4096},
     )
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
     watch = Watch()
     timed = {
         "norms": [(ops, "rms_norm"), (ops, "add_rms_norm")],
@@ -190,7 +193,7 @@ def main() -> None:
     measured = []
     for case in CASES:
         for repeat in range(arguments.repeats):
-            measured.append(rates())
+            measured.append(rates(dtype))
             run(llm, case, 3 * repeat, play=False, watch=None)
             run(llm, case, 3 * repeat + 1, play=True, watch=None)
             patches = [
@@ -207,11 +210,11 @@ def main() -> None:
     lines = [
         "# Where the time of a step goes",
         "",
-        f"SmolLM2-135M in bfloat16, one shard of {arguments.threads} threads, {result['date']}, {result['machine']['processor']}: reads "
+        f"SmolLM2-135M in {arguments.dtype}, one shard of {arguments.threads} threads, {result['date']}, {result['machine']['processor']}: reads "
         f"{read_rate / 1e9:.1f} GB/s, computes {flop_rate / 1e9:.0f} GFLOP/s. Milliseconds a step, medians.",
     ]
     for case in CASES:
-        least = floors(case, read_rate, flop_rate)
+        least = floors(case, dtype.itemsize, read_rate, flop_rate)
         lines += ["", f"**{case.name}**", "", "| | ms | floor |", "|---|---|---|"]
         spent = {name: median(values) for name, values in case.ms.items()}
         for name in sorted(spent, key=lambda name: -spent[name]):
