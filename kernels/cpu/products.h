@@ -30,47 +30,37 @@ static void logits(const float *q, const float *k, int64_t rows, int64_t vectors
 
 // out[m] += sum over the block's positions of p[m][j] * v[j], position by position; R rows at once, DV registers each.
 #define DEFINE_VALUES(NAME, R, DV)                                                                 \
-    static void NAME(float *out, const float *p, const float *v, int64_t stride, int64_t step) {   \
-        vf sums[R][DV];                                                                            \
+    static void NAME(float *out, const float *p, const float *v, int64_t stride) {                 \
+        vf sums[R][DV], weights[R];                                                                \
         for (int m = 0; m < R; m++)                                                                \
-            for (int c = 0; c < DV; c++) sums[m][c] = load(out + m * stride + c * LANES);         \
-        for (int64_t j = 0; j < BLOCK; j++)                                                        \
-            _Pragma("GCC unroll 8") for (int c = 0; c < DV; c++) {                                 \
-                vf value = load(v + j * stride + c * LANES);                                       \
-                _Pragma("GCC unroll 8") for (int m = 0; m < R; m++)                                \
-                    sums[m][c] += splat(p[m * step + j]) * value;                                  \
+            for (int c = 0; c < DV; c++) sums[m][c] = load(out + m * stride + c * LANES);          \
+        for (int64_t j = 0; j < BLOCK; j++) {                                                      \
+            _Pragma("GCC unroll 3") for (int m = 0; m < R; m++)                                    \
+                weights[m] = kept(splat(p[m * BLOCK + j]));                                        \
+            _Pragma("GCC unroll 4") for (int c = 0; c < DV; c++) {                                 \
+                vf value = kept(load(v + j * stride + c * LANES));                                 \
+                _Pragma("GCC unroll 3") for (int m = 0; m < R; m++)                                \
+                    sums[m][c] += weights[m] * value;                                              \
             }                                                                                      \
+        }                                                                                          \
         for (int m = 0; m < R; m++)                                                                \
-            for (int c = 0; c < DV; c++) store(out + m * stride + c * LANES, sums[m][c]);         \
+            for (int c = 0; c < DV; c++) store(out + m * stride + c * LANES, sums[m][c]);          \
     }
-DEFINE_VALUES(values_4x4, 4, 4)
 DEFINE_VALUES(values_3x4, 3, 4)
 DEFINE_VALUES(values_2x4, 2, 4)
 DEFINE_VALUES(values_1x4, 1, 4)
-DEFINE_VALUES(values_4x1, 4, 1)
+DEFINE_VALUES(values_3x1, 3, 1)
+DEFINE_VALUES(values_2x1, 2, 1)
 DEFINE_VALUES(values_1x1, 1, 1)
 
-// For all rows: out is [rows][vectors * LANES], p is [rows][BLOCK].
+// For all rows: out is [rows][vectors * LANES], p is [rows][BLOCK]. Twelve sums, three weights and a value are 16 registers.
 static void add_values(float *out, const float *p, const float *v, int64_t rows, int64_t vectors) {
     int64_t stride = vectors * LANES;
-    for (int64_t m = 0; m < rows;) {
+    for (int64_t m = 0; m < rows; m += 3, out += 3 * stride, p += 3 * BLOCK) {
         int64_t left = rows - m, c = 0;
-        const float *weights = p + m * BLOCK;
-        for (; c + 4 <= vectors; c += 4) {
-            float *at = out + m * stride + c * LANES;
-            if (left >= 4) values_4x4(at, weights, v + c * LANES, stride, BLOCK);
-            else if (left == 3) values_3x4(at, weights, v + c * LANES, stride, BLOCK);
-            else if (left == 2) values_2x4(at, weights, v + c * LANES, stride, BLOCK);
-            else values_1x4(at, weights, v + c * LANES, stride, BLOCK);
-        }
-        int64_t done = min64(left, 4);
-        for (; c < vectors; c++) {
-            if (left >= 4) values_4x1(out + m * stride + c * LANES, weights, v + c * LANES, stride, BLOCK);
-            else
-                for (int64_t i = 0; i < done; i++)
-                    values_1x1(out + (m + i) * stride + c * LANES, weights + i * BLOCK, v + c * LANES, stride, BLOCK);
-        }
-        m += done;
+        for (; c + 4 <= vectors; c += 4)
+            (left > 2 ? values_3x4 : left == 2 ? values_2x4 : values_1x4)(out + c * LANES, p, v + c * LANES, stride);
+        for (; c < vectors; c++)
+            (left > 2 ? values_3x1 : left == 2 ? values_2x1 : values_1x1)(out + c * LANES, p, v + c * LANES, stride);
     }
 }
-

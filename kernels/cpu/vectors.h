@@ -46,6 +46,13 @@ static inline vf splat(float x) { return (vf)_mm256_set1_ps(x); }
 #else
 static inline vf splat(float x) { return (vf){} + x; }
 #endif
+// In a register: GCC would rather read a number again for each of its products, and keep fewer sums in registers.
+static inline vf kept(vf x) {
+#if defined(__AVX__)
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 #if defined(__AVX512F__)
 static inline vf larger(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }  // b if either is NaN
