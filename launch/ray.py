@@ -30,6 +30,8 @@ class ShardActor:
         self._ended = threading.Event()
         self._failure: str | None = None
         self._device = "cpu"
+        # Ray's handler raises wherever the main thread is, which the job's log tells when an actor is ended.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def where(self) -> tuple[str, str, list[tuple[int, str]]]:
         """Node id, node address and the GPUs that Ray gave this actor, in an order that has 2 before 10.

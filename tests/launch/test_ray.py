@@ -1,6 +1,7 @@
 """Ray: placement, what its actors tell, and clusters that were there before."""
 
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ def config_for(model: Path, size: int, **settings: Any) -> JobConfig:
     return parse_config(values | settings, "test")
 
 
+def catches(process: psutil.Process, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    assert mask
+    return bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
 def generate(engine: Engine) -> list[int]:
     sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
     engine.coordinator.add(engine.make_request("one", "w7 w8 w9", sampling))
@@ -87,6 +95,7 @@ def test_actors_answer_and_leave(model: Path) -> None:
         told = ray.get([actor.health.remote() for actor in launcher._actors], timeout=WAIT_S)
         assert [answer["pid"] for answer in told] == [process.pid for process in processes]
         assert all(answer["running"] and answer["peak_memory_bytes"] > 1e6 for answer in told)
+        assert not any(catches(process, signal.SIGTERM) for process in processes)
         processes[1].suspend()  # nor does a shard that hangs keep the others from answering
         assert [h.rank for h in engine.executor.health()] == [0]
         processes[1].resume()
