@@ -56,14 +56,14 @@ int linear_packs(int64_t format) {
 #endif
 }
 
-// n rows of W in place, each `width` times 16 bits, a multiple of 32. Returns 1 for want of memory.
-int linear_pack(uint16_t *w, int64_t n, int64_t width) {
+// n rows of W in place, each `halves` times 16 bits; halves is a multiple of 32. Returns 1 for want of memory.
+int linear_pack(uint16_t *w, int64_t n, int64_t halves) {
 #ifdef PACKS
-    uint16_t *packed = malloc((size_t)(CHUNK * width) * 2);
+    uint16_t *packed = malloc((size_t)(CHUNK * halves) * 2);
     if (!packed) return 1;
     for (int64_t row = 0; row + CHUNK <= n; row += CHUNK) {
-        pack_chunk(w + row * width, CHUNK, width, packed);
-        memcpy(w + row * width, packed, (size_t)(CHUNK * width) * 2);
+        pack_chunk(w + row * halves, CHUNK, halves, packed);
+        memcpy(w + row * halves, packed, (size_t)(CHUNK * halves) * 2);
     }
     free(packed);
 #endif
@@ -83,7 +83,7 @@ int linear_pack_codes(const struct codes *w, int64_t n) {
 int linear_packed(const struct linear *a) {
 #ifdef PACKS
     int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads;
-    int64_t width = row_width(a), size = CHUNK * width;
+    int64_t halves = row_halves(a), size = CHUNK * halves;
     int64_t each = room_of(a), last = whole < chunks ? 2 * size : 0;
     uint16_t *room = last + each ? aligned_alloc(64, (size_t)(last + threads * each) * 2) : NULL, *rest = room;
     if (last + each && !room) return 1;
@@ -91,10 +91,10 @@ int linear_packed(const struct linear *a) {
         const uint16_t *rows = (const uint16_t *)a->w + whole * size;
         if (a->codes.bits) {
             for (int64_t row = whole * CHUNK; row < a->n; row++)
-                widen_row_of(&a->codes, row, 0, a->format, rest + size + row % CHUNK * width);
+                widen_row_of(&a->codes, row, 0, a->format, rest + size + row % CHUNK * halves);
             rows = rest + size;
         }
-        pack_chunk(rows, a->n - whole * CHUNK, width, rest);
+        pack_chunk(rows, a->n - whole * CHUNK, halves, rest);
     }
     struct product product = {a, rest, room + last, each, chunks, min64(parts_of(a, chunks), chunks)};
     kvshard_share_out(multiply_part, &product, product.parts, threads);

@@ -91,8 +91,8 @@ def pack(weight: Tensor | WeightCodes) -> None:
     if isinstance(weight, WeightCodes):
         status = library.linear_pack_codes(ctypes.byref(_codes(weight)), weight.shape[0])
     else:
-        num_rows, width = weight.shape
-        status = library.linear_pack(weight.data_ptr(), num_rows, width * weight.dtype.itemsize // 2)
+        halves = weight.shape[1] * weight.dtype.itemsize // 2
+        status = library.linear_pack(weight.data_ptr(), weight.shape[0], halves)
     if status:
         raise no_memory(status)
 

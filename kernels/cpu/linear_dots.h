@@ -21,8 +21,8 @@ enum {
     KEPT_ROWS = 128 << 10             // bytes of rows that the second cache keeps for all tokens
 };
 
-// Of a row of W as numbers, in 16 bits.
-static inline int64_t row_width(const struct linear *a) { return a->k * (a->format == FLOAT32 ? 2 : 1); }
+// How many times 16 bits a row of W takes as numbers.
+static inline int64_t row_halves(const struct linear *a) { return a->k * (a->format == FLOAT32 ? 2 : 1); }
 
 static inline float number(int64_t format, const void *p, int64_t i) {
     switch (format) {

@@ -1,6 +1,6 @@
 // Products with a packed W in vectors of 8 rows, for processors with AVX2 and neither a matrix unit nor AVX-512. Torch's
-// products in bfloat16 need one of them to be fast. In float32 its products of 128 tokens and more are the faster ones, these are
-// of fewer; but a step all of whose products are C is played without Python, and as a whole no step is slower with these.
+// products in bfloat16 need one of them to be fast. In float32 torch is faster from some 128 tokens on, and these below; but one
+// layout must do for all, and a step whose products are all in C is played without Python.
 //
 // The lanes of a sum are rows, so nothing is left to add up at the end, and six tokens share what is read of W. A word of W
 // holds a channel of a row in float32, or two in bfloat16: shifted it is the even one in float32, masked the odd one.
@@ -13,9 +13,9 @@
 #define HAVE_LANES 1
 
 enum {
-    AT_ONCE = 6,             // tokens whose sums fit the registers, of 16 rows
-    MOST = 8 * AT_ONCE,      // tokens of a block
-    BLOCK_BYTES = 224 << 10  // of them in float32, which stay in the second cache
+    AT_ONCE = 6,        // tokens
+    MOST = 8 * AT_ONCE, // tokens of a block
+    PANEL = 576         // channels that a block meets before the next: the second cache keeps their numbers of all tokens
 };
 
 static inline vu words_of(const uint16_t *w) {
@@ -38,22 +38,22 @@ static inline void turn_words(vu x[LANES]) {
     }
 }
 
-// Tokens of a block in float32.
+// Tokens of a block in float32, and the channels of a panel.
 struct tokens {
     const float *numbers;
-    int64_t stride, count, k;
+    int64_t stride, count, from, end;
 };
 
 // Where a packed chunk has a word of a row.
 static inline int64_t place_in_chunk(int64_t row, int64_t word) { return (word * CHUNK + row) * 2; }
 
-// `rows` rows of W, up to 32, word by word: out[width / 2][32 rows][2], which is read from its beginning to its end.
+// `rows` rows of W, up to 32, word by word: out[halves / 2][32 rows][2], which is read from its beginning to its end.
 // Rows that are missing are zeros.
-static void pack_chunk(const uint16_t *w, int64_t rows, int64_t width, uint16_t *out) {
-    for (int64_t c = 0; c < width; c += 2 * LANES, out += LANES * 2 * CHUNK)
+static void pack_chunk(const uint16_t *w, int64_t rows, int64_t halves, uint16_t *out) {
+    for (int64_t c = 0; c < halves; c += 2 * LANES, out += LANES * 2 * CHUNK)
         for (int64_t row = 0; row < CHUNK; row += LANES) {
             vu x[LANES] = {};
-            for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = words_of(w + (row + i) * width + c);
+            for (int64_t i = 0; i < min64(LANES, rows - row); i++) x[i] = words_of(w + (row + i) * halves + c);
             turn_words(x);
             for (int64_t i = 0; i < LANES; i++) memcpy(out + place_in_chunk(row, i), &x[i], sizeof x[i]);
         }
@@ -63,16 +63,22 @@ static void pack_chunk(const uint16_t *w, int64_t rows, int64_t width, uint16_t 
 #define WEIGHTS(WORD, w, channel) \
     ((vf)(WORD == 1 ? words_of(w) : channel ? words_of(w) & 0xffff0000 : words_of(w) << 16))
 
-// Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors: out[rows / 16][MOST][16].
-// Channels are taken one by one, so a sum is the same in any of these. Unrolled, or with words of W read once and kept, GCC
-// would run out of registers. next: what is brought to the second cache meanwhile, so many bytes for each word.
+// Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors: out[rows / 16][MOST][16], where
+// panels but the first find what came before. Channels are taken one by one, so a sum is the same in any of these. If the loop
+// over them were unrolled, or words of W kept for both of their channels, GCC would run out of registers. next: what is brought
+// to the second cache meanwhile, so many bytes for each word.
 #define DEFINE_LANES(NAME, T, V, WORD)                                                                                  \
     static void NAME(const uint16_t *w, const struct tokens *x, int64_t first, const char *next, int64_t bytes, float *out) { \
         const float *in[T];                                                                                             \
-        int64_t k = x->k;                                                                                               \
         vf sums[T][V] = {};                                                                                             \
-        for (int64_t t = 0; t < T; t++) in[t] = x->numbers + min64(first + t, x->count - 1) * x->stride;                \
-        _Pragma("GCC unroll 1") for (int64_t c = 0; c < k; c += WORD, w += 2 * CHUNK, next += bytes) {                  \
+        _Pragma("GCC unroll 6") for (int64_t t = 0; t < T; t++) {                                                       \
+            int64_t token = min64(first + t, x->count - 1);                                                             \
+            in[t] = x->numbers + token * x->stride;                                                                     \
+            if (!x->from) continue;                                                                                     \
+            _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++)                                                     \
+                sums[t][i] = load(out + (i / 2 * MOST + token - first) * SIDE + i % 2 * LANES);                         \
+        }                                                                                                               \
+        _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, w += 2 * CHUNK, next += bytes) {       \
             if (T > 2) __builtin_prefetch(next, 0, 2);                                                                  \
             _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                    \
                 vf weights[V];                                                                                          \
@@ -93,28 +99,37 @@ DEFINE_LANES(float32_of_two, 2, 4, 1)
 DEFINE_LANES(float32_of_four, 4, 2, 1)
 DEFINE_LANES(float32_of_six, AT_ONCE, 2, 1)
 
-typedef void lanes_of(const uint16_t *, const struct tokens *, int64_t, const char *, int64_t, float *);
-static lanes_of *const of_format[][4] = {
+typedef void lanes_kernel(const uint16_t *, const struct tokens *, int64_t, const char *, int64_t, float *);
+enum { ONE, TWO, FOUR, SIX };
+static lanes_kernel *const kernels[][4] = {
     [FLOAT32] = {float32_of_one, float32_of_two, float32_of_four, float32_of_six},
     [BFLOAT16] = {bfloat16_of_one, bfloat16_of_two, bfloat16_of_four, bfloat16_of_six},
 };
 
-// A block of tokens and a chunk: sums[2][MOST][16 rows]. Half of the next chunk is brought near by the tokens that meet half
-// of this one, each six their share: by the first six alone it would be more at a time than the memory gives. One and two
-// tokens are done sooner than it comes, and the processor itself reads ahead.
-static void multiply_lanes(const struct linear *a, const uint16_t *w, const struct tokens *x, float *sums) {
-    lanes_of *const *of = of_format[a->format];
-    int64_t rest = x->count % AT_ONCE, last = rest <= 2 ? x->count - rest : x->count, half_bytes = SIDE * 2 * row_width(a);
-    int64_t shares = (last + AT_ONCE - 1) / AT_ONCE;
+// A panel of a chunk and a block of tokens. Half of the panel behind it is brought near by the tokens that meet half of this
+// one, each six their share: by the first six alone it would be more at a time than the memory gives. One and two tokens
+// are done sooner than it comes, and the processor itself reads ahead.
+static void multiply_panel(lanes_kernel *const *kernel, const uint16_t *w, int64_t halves, const struct tokens *x, float *sums) {
+    int64_t rest = x->count % AT_ONCE, last = rest <= 2 ? x->count - rest : x->count;
+    int64_t shares = (last + AT_ONCE - 1) / AT_ONCE, half_bytes = SIDE * 2 * halves;
     for (int64_t half = 0; half < 2; half++) {
-        const char *next = (const char *)(w + CHUNK * row_width(a)) + half * half_bytes;
+        const char *next = (const char *)(w + CHUNK * halves) + half * half_bytes;
         for (int64_t i = 0; i < shares; i++) {
             int64_t t = i * AT_ONCE;
             float *out = sums + (half * MOST + t) * SIDE;
-            of[last - t <= 4 ? 2 : 3](w + half * 2 * SIDE, x, t, next + i * half_bytes / shares, 64 / shares, out);
+            kernel[last - t <= 4 ? FOUR : SIX](w + half * 2 * SIDE, x, t, next + i * half_bytes / shares, 64 / shares, out);
         }
     }
-    if (last < x->count) of[rest - 1](w, x, last, NULL, 0, sums + last * SIDE);
+    if (last < x->count) kernel[rest == 1 ? ONE : TWO](w, x, last, NULL, 0, sums + last * SIDE);
+}
+
+// A chunk and a block of tokens: sums[2][MOST][16 rows].
+static void multiply_lanes(const struct linear *a, const uint16_t *w, struct tokens x, float *sums) {
+    int64_t halves_each = row_halves(a) / a->k, panel = x.count <= 2 ? a->k : PANEL;  // so few stay near anyway
+    for (x.from = 0; x.from < a->k; x.from = x.end) {
+        x.end = min64(x.from + panel, a->k);
+        multiply_panel(kernels[a->format], w + x.from * halves_each * CHUNK, (x.end - x.from) * halves_each, &x, sums);
+    }
 }
 
 static inline vf load_numbers(int64_t format, const void *p, int64_t i) {
@@ -156,50 +171,53 @@ static void write_lanes(const struct linear *a, const float *sums, int64_t token
 }
 
 // Chunks of W that all tokens meet before the next.
-static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_width(a)) + 1; }
+static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_halves(a)) + 1; }
 
-static int64_t block_tokens(const struct linear *a) {
-    return min64(MOST / AT_ONCE, max64(1, BLOCK_BYTES / (a->k * 4) / AT_ONCE)) * AT_ONCE;
-}
-
-// Of a thread: for a block of tokens that are not in float32, and of codes kept chunks of numbers and one more.
-static int64_t tokens_room(const struct linear *a) { return a->format == FLOAT32 ? 0 : 2 * block_tokens(a) * a->k; }
+// Of a thread: for a block of tokens that are not in float32, and of codes kept chunks of numbers.
+static int64_t tokens_room(const struct linear *a) { return a->format == FLOAT32 ? 0 : 2 * MOST * a->k; }
 static int64_t room_of(const struct linear *a) {
-    return tokens_room(a) + (a->codes.bits ? (kept_chunks(a) + 1) * CHUNK * row_width(a) : 0);
+    return tokens_room(a) + (a->codes.bits ? kept_chunks(a) * CHUNK * row_halves(a) : 0);
 }
 
-// A chunk of codes as words of numbers; `rows` has room for it.
-static void widen_lanes(const struct linear *a, int64_t chunk, uint16_t *rows, uint16_t *out) {
-    int64_t width = row_width(a);
-    for (int64_t i = 0; i < CHUNK; i++) widen_row_of(&a->codes, chunk * CHUNK + i, 0, a->format, rows + i * width);
-    pack_chunk(rows, CHUNK, width, out);
+// A chunk of codes as words of numbers.
+static void widen_lanes(const struct linear *a, int64_t chunk, uint16_t *out) {
+    int64_t halves = row_halves(a) / a->codes.groups;
+    uint16_t rows[CHUNK * 2 * GROUP];
+    for (int64_t group = 0; group < a->codes.groups; group++, out += CHUNK * halves) {
+        for (int64_t i = 0; i < CHUNK; i++) {
+            float x[GROUP];
+            widen_group(&a->codes, chunk * CHUNK + i, group, x);
+            round_group(x, a->format, rows + i * halves);
+        }
+        pack_chunk(rows, CHUNK, halves, out);
+    }
 }
 
 // Tokens first .. first + count - 1; those that are not in float32 are widened into the room.
 static struct tokens take_tokens(const struct linear *a, int64_t first, int64_t count, float *room) {
-    if (a->format == FLOAT32) return (struct tokens){(const float *)a->x + first * a->x_stride, a->x_stride, count, a->k};
+    if (a->format == FLOAT32) return (struct tokens){(const float *)a->x + first * a->x_stride, a->x_stride, count, 0, 0};
     for (int64_t t = 0; t < count; t++) widen_token(a, first + t, a->k, room + t * a->k);
-    return (struct tokens){room, a->k, count, a->k};
+    return (struct tokens){room, a->k, count, 0, 0};
 }
 
 // Chunks first .. end - 1 of W with all tokens.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *room, int64_t first, int64_t end) {
-    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_width(a), block = block_tokens(a);
-    uint16_t *rows = room + tokens_room(a), *numbers = rows + size;
+    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_halves(a);
+    uint16_t *numbers = room + tokens_room(a);
     struct tokens x = {0};
     float sums[2 * SIDE * MOST];
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
         for (int64_t chunk = begin; a->codes.bits && chunk < min64(behind, whole); chunk++)
-            widen_lanes(a, chunk, rows, numbers + (chunk - begin) * size);
-        for (int64_t token = 0; token < a->num_tokens; token += block) {
-            if (begin == first || a->num_tokens > block)
-                x = take_tokens(a, token, min64(block, a->num_tokens - token), (float *)room);
+            widen_lanes(a, chunk, numbers + (chunk - begin) * size);
+        for (int64_t token = 0; token < a->num_tokens; token += MOST) {
+            if (begin == first || a->num_tokens > MOST)  // a block that is all there is stays from the chunks before
+                x = take_tokens(a, token, min64(MOST, a->num_tokens - token), (float *)room);
             for (int64_t chunk = begin; chunk < behind; chunk++) {
                 const uint16_t *w = (const uint16_t *)a->w + chunk * size;
                 if (chunk == whole) w = rest;
                 else if (a->codes.bits) w = numbers + (chunk - begin) * size;
-                multiply_lanes(a, w, &x, sums);
+                multiply_lanes(a, w, x, sums);
                 write_lanes(a, sums, token, x.count, chunk * CHUNK);
             }
         }
