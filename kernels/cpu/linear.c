@@ -19,10 +19,6 @@
 
 enum { PARTS = 2 };  // of a small product, for each thread
 
-#if defined(HAVE_AMX) || defined(HAVE_LANES)
-#define PACKS 1
-#endif
-
 #ifdef PACKS
 // Parts of W that threads take in turn. More than one a thread, so that one that comes late does less.
 struct product {
@@ -72,7 +68,7 @@ int linear_pack(uint16_t *w, int64_t n, int64_t halves) {
 
 // Codes of n rows of W, in place. Returns 1 for want of memory.
 int linear_pack_codes(const struct codes *w, int64_t n) {
-#ifdef HAVE_AMX
+#ifdef PACKS
     return pack_codes(w, n);
 #else
     return 0;

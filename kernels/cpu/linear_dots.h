@@ -1,7 +1,7 @@
 // Products with a plain weight matrix in vectors: each row of W is a dot product with each token.
 
 #pragma once
-#include "linear_codes.h"
+#include "linear_packed_codes.h"
 #include "vectors.h"
 
 struct linear {

@@ -9,9 +9,7 @@
 #include "activation.h"
 #include "linear_dots.h"
 
-#if LANES == 8 && defined(__AVX2__) && defined(__FMA__)
-#define HAVE_LANES 1
-
+#ifdef HAVE_LANES
 enum {
     AT_ONCE = 6,        // tokens
     MOST = 8 * AT_ONCE, // tokens of a block
@@ -179,20 +177,6 @@ static int64_t room_of(const struct linear *a) {
     return tokens_room(a) + (a->codes.bits ? kept_chunks(a) * CHUNK * row_halves(a) : 0);
 }
 
-// A chunk of codes as words of numbers.
-static void widen_lanes(const struct linear *a, int64_t chunk, uint16_t *out) {
-    int64_t halves = row_halves(a) / a->codes.groups;
-    uint16_t rows[CHUNK * 2 * GROUP];
-    for (int64_t group = 0; group < a->codes.groups; group++, out += CHUNK * halves) {
-        for (int64_t i = 0; i < CHUNK; i++) {
-            float x[GROUP];
-            widen_group(&a->codes, chunk * CHUNK + i, group, x);
-            round_group(x, a->format, rows + i * halves);
-        }
-        pack_chunk(rows, CHUNK, halves, out);
-    }
-}
-
 // Tokens first .. first + count - 1; those that are not in float32 are widened into the room.
 static struct tokens take_tokens(const struct linear *a, int64_t first, int64_t count, float *room) {
     if (a->format == FLOAT32) return (struct tokens){(const float *)a->x + first * a->x_stride, a->x_stride, count, 0, 0};
@@ -209,7 +193,7 @@ static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
         for (int64_t chunk = begin; a->codes.bits && chunk < min64(behind, whole); chunk++)
-            widen_lanes(a, chunk, numbers + (chunk - begin) * size);
+            widen_lanes(&a->codes, chunk, a->format, numbers + (chunk - begin) * size);
         for (int64_t token = 0; token < a->num_tokens; token += MOST) {
             if (begin == first || a->num_tokens > MOST)  // a block that is all there is stays from the chunks before
                 x = take_tokens(a, token, min64(MOST, a->num_tokens - token), (float *)room);

@@ -35,7 +35,7 @@ int linear_rows(const struct rows *a) {
         }
         int packed = a->packed && row < a->n / 32 * 32;
         if (a->codes.bits) widen_row_of(&a->codes, row, packed, a->format, out);
-#if defined(HAVE_AMX) || defined(HAVE_LANES)
+#ifdef PACKS
         else if (packed) {
             const uint16_t *chunk = (const uint16_t *)((const uint8_t *)a->w + row / CHUNK * CHUNK * row_bytes);
             for (int64_t word = 0; word < row_bytes / 4; word++)

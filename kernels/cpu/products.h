@@ -53,14 +53,15 @@ DEFINE_VALUES(values_3x1, 3, 1)
 DEFINE_VALUES(values_2x1, 2, 1)
 DEFINE_VALUES(values_1x1, 1, 1)
 
-// For all rows: out is [rows][vectors * LANES], p is [rows][BLOCK]. Twelve sums, three weights and a value are 16 registers.
+// For all rows: out is [rows][vectors * LANES], p is [rows][BLOCK]. Twelve sums, three weights and a value are 16 registers. The
+// last four rows are two and two: the few sums of one row alone would wait for each other.
 static void add_values(float *out, const float *p, const float *v, int64_t rows, int64_t vectors) {
     int64_t stride = vectors * LANES;
-    for (int64_t m = 0; m < rows; m += 3, out += 3 * stride, p += 3 * BLOCK) {
-        int64_t left = rows - m, c = 0;
-        for (; c + 4 <= vectors; c += 4)
-            (left > 2 ? values_3x4 : left == 2 ? values_2x4 : values_1x4)(out + c * LANES, p, v + c * LANES, stride);
+    for (int64_t left = rows, now, c; left; left -= now, out += now * stride, p += now * BLOCK) {
+        now = left == 4 ? 2 : min64(left, 3);
+        for (c = 0; c + 4 <= vectors; c += 4)
+            (now == 3 ? values_3x4 : now == 2 ? values_2x4 : values_1x4)(out + c * LANES, p, v + c * LANES, stride);
         for (; c < vectors; c++)
-            (left > 2 ? values_3x1 : left == 2 ? values_2x1 : values_1x1)(out + c * LANES, p, v + c * LANES, stride);
+            (now == 3 ? values_3x1 : now == 2 ? values_2x1 : values_1x1)(out + c * LANES, p, v + c * LANES, stride);
     }
 }

@@ -15,6 +15,10 @@
 #define LANES 4
 #endif
 
+#if LANES == 8 && defined(__AVX2__) && defined(__FMA__)  // products in vectors of rows: linear_lanes.h
+#define HAVE_LANES 1
+#endif
+
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
@@ -154,11 +158,14 @@ static inline uint16_t to_bf16(float f) {  // to nearest, ties to even
     return (uint16_t)(f != f ? 0x7fc0 : rounded);
 }
 static inline vf load_bf16(const uint16_t *p) { return (vf)(wide_u16(p) << 16); }
-static inline void store_bf16(uint16_t *p, vf v) {
+static inline vu bf16_of(vf v) {  // in the lower half of each lane
     vu bits = (vu)v;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (vu)(v != v);
-    vu16 h = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vu16);
+    return (nan & 0x7fc0) | (~nan & rounded);
+}
+static inline void store_bf16(uint16_t *p, vf v) {
+    vu16 h = __builtin_convertvector(bf16_of(v), vu16);
     memcpy(p, &h, sizeof h);
 }
 static inline void store_f16(_Float16 *p, vf v) {

@@ -12,7 +12,10 @@ import torch
 
 from kvshard.kernels import reference
 from kvshard.kernels.cache import CacheFormat, KVLayer
+from kvshard.kernels.cpu import linear as cpu_linear
 from kvshard.kernels.metadata import AttentionMetadata, HeadLayout
+
+from .processors import OTHER_PROCESSORS, load_for
 
 
 @dataclass
@@ -183,3 +186,12 @@ def _one_thread() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["native", *OTHER_PROCESSORS])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Products in C as for this one and for older ones, whose vectors are of 8 and 4 numbers."""
+    if request.param != "native":
+        library = load_for(request.param, lambda: cpu_linear._library(request.param))
+        monkeypatch.setattr(cpu_linear, "_library", lambda: library)
+    return str(request.param)

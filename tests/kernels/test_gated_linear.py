@@ -30,6 +30,7 @@ def expected(x: Tensor, weight: Tensor | WeightCodes, activation: str) -> Tensor
     return ACTIVATIONS[activation](linear(x, LinearWeight.take(copy)))
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("inner", [0, 16, 24, 80])
 @pytest.mark.parametrize("kind", ["bfloat16", "float32", "codes"])
@@ -44,6 +45,7 @@ def test_matches_one_after_the_other(kind: str, inner: int, activation: str) -> 
         assert_within(got, expected(x, weight, activation), "activation")
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("row", [0, 15, 16, 79, 80, 159])
 def test_each_row_counts(row: int) -> None:
     """Another number in a row of gate or of up is felt."""
@@ -56,6 +58,7 @@ def test_each_row_counts(row: int) -> None:
         )
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_token_has_the_same_bits_in_any_batch() -> None:
     weight = LinearWeight.take_gated(numbers(160, 1184, seed=1))
     tokens = 70 if weight.packed else 64  # of more, torch multiplies a plain weight

@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvshard.kernels.cpu import linear as cpu_linear
 from kvshard.kernels.linear_ops import LinearWeight, embedding, linear
 from kvshard.kernels.weight_codes import WeightCodes
 
 from ..tolerances import assert_within
-from .processors import OTHER_PROCESSORS, load_for
 
 TOKENS = (1, 5, 16, 17, 32, 33, 70)  # tiles are of 16 and 32
 ROWS = (7, 32, 83, 960)
@@ -35,15 +33,6 @@ def is_packed(dtype: torch.dtype = torch.bfloat16) -> bool:
 
 
 needs_packing = pytest.mark.skipif(not is_packed(), reason="this processor packs nothing")
-
-
-@pytest.fixture(params=["native", *OTHER_PROCESSORS])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """This one and older ones, whose vectors are of 8 and 4 numbers."""
-    if request.param != "native":
-        library = load_for(request.param, lambda: cpu_linear._library(request.param))
-        monkeypatch.setattr(cpu_linear, "_library", lambda: library)
-    return str(request.param)
 
 
 @pytest.mark.usefixtures("processor")
@@ -137,6 +126,7 @@ def test_broken_tokens_harm_no_others() -> None:
     assert torch.equal(got[others], whole[others])
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_of_any_stride(dtype: torch.dtype) -> None:
     wide = numbers(150, 200, seed=3, dtype=dtype)  # more than are multiplied at a time
@@ -146,6 +136,7 @@ def test_rows_of_any_stride(dtype: torch.dtype) -> None:
     assert_within(got, exact(x, w, bias).to(dtype), "product")
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("coded", [False, True], ids=["numbers", "codes"])
 def test_more_rows_than_are_kept(coded: bool, dtype: torch.dtype) -> None:
@@ -169,6 +160,7 @@ def test_more_rows_than_are_kept(coded: bool, dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", ROWS)
 def test_embedding(num_rows: int, dtype: torch.dtype) -> None:

@@ -61,13 +61,14 @@ def test_numbers(format: str) -> None:
     assert torch.equal(codes.widen(), expected)
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("way", ["here", "vectors", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_bits_are_those_of_the_widened_weight(
     format: str, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """here: packed where there is a matrix unit; vectors: as without one; torch: as without a compiler."""
+    """here: packed where this processor packs; vectors: as where none does; torch: as without a compiler."""
     if way == "torch":
         monkeypatch.setattr("kvshard.kernels.cpu.linear._library", lambda: None)
     take: Callable[..., LinearWeight] = LinearWeight if way == "vectors" else LinearWeight.take
@@ -88,6 +89,7 @@ def test_bits_are_those_of_the_widened_weight(
         assert torch.equal(embedding(ids, weight, rows // 2), embedding(ids, wide, rows // 2))
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("num_threads", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_any_number_of_threads(dtype: torch.dtype, num_threads: int) -> None:
@@ -108,6 +110,7 @@ def flipped(tensor: Tensor, place: tuple[int, int], bit: int) -> Tensor:
     return changed
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 def test_any_wrong_bit_is_seen(format: str, dtype: torch.dtype) -> None:
