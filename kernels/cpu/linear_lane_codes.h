@@ -25,9 +25,19 @@ static inline vf widen_channel(int64_t bits, int has_minima, const uint8_t *code
     return has_minima ? to_float(code) * scale + least : to_float(code - 8) * scale;
 }
 
-// 32 rows of 32 channels word by word (linear_lanes.h), in float32 or bfloat16.
+// To the nearest number of bfloat16, ties to even, kept in float32: what is added to x is so much larger that the sum has room
+// for its first 8 bits only. For numbers of 2^-126 and more; -0 becomes 0.
+static inline vf rounded_to_bf16(vf x) {
+    vf larger = (vf)(((vu)x & 0x7f800000) + (16 << 23 | 1 << 22));  // 1.5 * 2^16 of its power of two
+    return x + larger - larger;
+}
+
+// As float32; rounded to bfloat16, in float32 still; or two of those in a word.
+enum widened { PLAIN, ROUNDED, PAIRED };
+
+// 32 rows of 32 channels word by word (linear_lanes.h).
 static inline __attribute__((always_inline)) void widen_words(
-    int64_t bits, int has_minima, int64_t format, const uint8_t *codes, const _Float16 *scales, const _Float16 *minima, uint16_t *out
+    int64_t bits, int has_minima, enum widened as, const uint8_t *codes, const _Float16 *scales, const _Float16 *minima, uint16_t *out
 ) {
     enum { VECTORS = 32 / LANES };
     vf scale[VECTORS], least[VECTORS];
@@ -35,31 +45,32 @@ static inline __attribute__((always_inline)) void widen_words(
         scale[i] = load_f16(scales + i * LANES);
         least[i] = has_minima ? load_f16(minima + i * LANES) : (vf){};
     }
-    for (int64_t c = 0; c < GROUP; c += format == FLOAT32 ? 1 : 2)
+    for (int64_t c = 0; c < GROUP; c += as == PAIRED ? 2 : 1)
         _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++, out += 2 * LANES) {
             vf x = widen_channel(bits, has_minima, codes + i * LANES, c, scale[i], least[i]);
-            vu word = (vu)x;
-            if (format == BFLOAT16) {
+            vu word = (vu)(as == PLAIN ? x : rounded_to_bf16(x));
+            if (as == PAIRED) {
                 vf odd = widen_channel(bits, has_minima, codes + i * LANES, c + 1, scale[i], least[i]);
-                word = bf16_of(x) | bf16_of(odd) << 16;
+                word = word >> 16 | (vu)rounded_to_bf16(odd);
             }
             memcpy(out, &word, sizeof word);
         }
 }
 
-// 32 rows of all channels, from codes that are packed.
-static void widen_lanes(const struct codes *w, int64_t chunk, int64_t format, uint16_t *out) {
-    for (int64_t group = 0; group < w->groups; group++, out += 32 * GROUP * (format == FLOAT32 ? 2 : 1)) {
+#define WIDEN_AS(bits, has_minima)                                                                   \
+    (as == PLAIN     ? widen_words(bits, has_minima, PLAIN, codes, scales, minima, out)              \
+     : as == ROUNDED ? widen_words(bits, has_minima, ROUNDED, codes, scales, minima, out)            \
+                     : widen_words(bits, has_minima, PAIRED, codes, scales, minima, out))
+
+// Channels from .. end - 1 of 32 rows, whole groups, from codes that are packed.
+static void widen_lanes(const struct codes *w, int64_t chunk, int64_t from, int64_t end, enum widened as, uint16_t *out) {
+    for (int64_t group = from / GROUP; group < end / GROUP; group++, out += 32 * GROUP * (as == PAIRED ? 1 : 2)) {
         int64_t at = (chunk * w->groups + group) * 32;
         const uint8_t *codes = w->codes + at * group_bytes(w);
         const _Float16 *scales = w->scales + at, *minima = w->minima ? w->minima + at : NULL;
-        if (format == FLOAT32) {
-            if (w->bits == 8) widen_words(8, 0, FLOAT32, codes, scales, NULL, out);
-            else if (minima) widen_words(4, 1, FLOAT32, codes, scales, minima, out);
-            else widen_words(4, 0, FLOAT32, codes, scales, NULL, out);
-        } else if (w->bits == 8) widen_words(8, 0, BFLOAT16, codes, scales, NULL, out);
-        else if (minima) widen_words(4, 1, BFLOAT16, codes, scales, minima, out);
-        else widen_words(4, 0, BFLOAT16, codes, scales, NULL, out);
+        if (w->bits == 8) WIDEN_AS(8, 0);
+        else if (minima) WIDEN_AS(4, 1);
+        else WIDEN_AS(4, 0);
     }
 }
 #endif

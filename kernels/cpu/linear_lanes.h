@@ -13,7 +13,8 @@
 enum {
     AT_ONCE = 6,        // tokens
     MOST = 8 * AT_ONCE, // tokens of a block
-    PANEL = 576         // channels that a block meets before the next: the second cache keeps their numbers of all tokens
+    PANEL = 576,        // channels that a block meets before the next: the second cache keeps their numbers of all tokens
+    FEW_CHANNELS = 128  // of codes that are widened for one block: the first cache keeps their numbers
 };
 
 static inline vu words_of(const uint16_t *w) {
@@ -130,6 +131,15 @@ static void multiply_lanes(const struct linear *a, const uint16_t *w, struct tok
     }
 }
 
+// A chunk of codes and a block that is all tokens.
+static void multiply_codes(const struct linear *a, int64_t chunk, struct tokens x, uint16_t *numbers, float *sums) {
+    for (x.from = 0; x.from < a->k; x.from = x.end) {
+        x.end = min64(x.from + FEW_CHANNELS, a->k);
+        widen_lanes(&a->codes, chunk, x.from, x.end, a->format == FLOAT32 ? PLAIN : ROUNDED, numbers);
+        multiply_panel(kernels[FLOAT32], numbers, (x.end - x.from) * 2, &x, sums);
+    }
+}
+
 static inline vf load_numbers(int64_t format, const void *p, int64_t i) {
     return format == FLOAT32 ? load((const float *)p + i) : load_bf16((const uint16_t *)p + i);
 }
@@ -186,22 +196,23 @@ static struct tokens take_tokens(const struct linear *a, int64_t first, int64_t 
 
 // Chunks first .. end - 1 of W with all tokens.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *room, int64_t first, int64_t end) {
-    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_halves(a);
+    int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_halves(a), one_block = a->num_tokens <= MOST;
+    enum widened as = a->format == FLOAT32 ? PLAIN : PAIRED;
     uint16_t *numbers = room + tokens_room(a);
     struct tokens x = {0};
     float sums[2 * SIDE * MOST];
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
-        for (int64_t chunk = begin; a->codes.bits && chunk < min64(behind, whole); chunk++)
-            widen_lanes(&a->codes, chunk, a->format, numbers + (chunk - begin) * size);
+        for (int64_t chunk = begin; a->codes.bits && !one_block && chunk < min64(behind, whole); chunk++)
+            widen_lanes(&a->codes, chunk, 0, a->k, as, numbers + (chunk - begin) * size);
         for (int64_t token = 0; token < a->num_tokens; token += MOST) {
-            if (begin == first || a->num_tokens > MOST)  // a block that is all there is stays from the chunks before
+            if (begin == first || !one_block)  // a block that is all there is stays from the chunks before
                 x = take_tokens(a, token, min64(MOST, a->num_tokens - token), (float *)room);
             for (int64_t chunk = begin; chunk < behind; chunk++) {
-                const uint16_t *w = (const uint16_t *)a->w + chunk * size;
-                if (chunk == whole) w = rest;
-                else if (a->codes.bits) w = numbers + (chunk - begin) * size;
-                multiply_lanes(a, w, x, sums);
+                if (chunk == whole) multiply_lanes(a, rest, x, sums);
+                else if (!a->codes.bits) multiply_lanes(a, (const uint16_t *)a->w + chunk * size, x, sums);
+                else if (one_block) multiply_codes(a, chunk, x, numbers, sums);
+                else multiply_lanes(a, numbers + (chunk - begin) * size, x, sums);
                 write_lanes(a, sums, token, x.count, chunk * CHUNK);
             }
         }
