@@ -35,6 +35,7 @@ def run_sh(arguments: list[str], environment: dict[str, str]) -> subprocess.Comp
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_row_of_every_part_is_there(lacking: dict[str, str], tmp_path: Path) -> None:
     done = run_sh(["--dry", "--output", str(tmp_path / "results")], lacking)
     assert done.returncode == 0, done.stderr

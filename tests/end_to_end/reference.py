@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +59,23 @@ def tokenize(prompts: list[list[dict[str, str]]]) -> list[list[int]]:
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
+@cache
+def _model() -> LlamaForCausalLM:
+    path = fetch_demo()
+    return LlamaForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=PUBLISHED_CONFIG, dtype=torch.float32
+    ).eval()
+
+
 def generate_reference(prompts: list[list[int]], max_tokens: int, **settings: Any) -> list[ReferenceRow]:
     """One row at a time, float32, weights read and dequantised by transformers itself.
 
     `settings` are those of its `generate`; gaps are of the logits that they have changed.
     """
-    path = fetch_demo()
-    model = LlamaForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=PUBLISHED_CONFIG, dtype=torch.float32
-    ).eval()
     rows = []
     for prompt in prompts:
         with torch.inference_mode():
-            out = model.generate(
+            out = _model().generate(
                 torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=max_tokens,

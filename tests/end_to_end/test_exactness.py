@@ -38,7 +38,18 @@ def _join_cluster(setting: Setting, request: pytest.FixtureRequest, monkeypatch:
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
 
 
-@pytest.mark.parametrize("setting", pairwise_cover(), ids=lambda setting: setting.id)
+@pytest.mark.parametrize(
+    "setting",
+    # Five and nine processes that import torch by themselves take as long to start as all else together.
+    [
+        pytest.param(
+            setting,
+            id=setting.id,
+            marks=pytest.mark.slow if setting.size > 3 and setting.launcher != "local" else (),
+        )
+        for setting in pairwise_cover()
+    ],
+)
 def test_tokens_equal_transformers(
     setting: Setting, short_reference: list[ReferenceRow], tmp_path: Path
 ) -> None:

@@ -50,7 +50,8 @@ def distance(a: list[float], b: list[float]) -> float:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_answers(dtype: str, tmp_path: Path) -> None:
     prompts = sorted(tokenize(quickstart_prompts()), key=len)[:8]
     rows = [

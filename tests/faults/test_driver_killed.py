@@ -50,7 +50,8 @@ def test_killed_before_there_is_a_shard(tiny_model: Path, temp: Path, tmp_path: 
         run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("launcher", ["local", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
 def test_killed_between_creating_and_attaching_the_segment(
     launcher: str, tiny_model: Path, temp: Path, tmp_path: Path
 ) -> None:
