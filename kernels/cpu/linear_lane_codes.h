@@ -26,7 +26,7 @@ static inline vf widen_channel(int64_t bits, int has_minima, const uint8_t *code
 }
 
 // To the nearest number of bfloat16, ties to even, kept in float32: what is added to x is so much larger that the sum has room
-// for its first 8 bits only. For numbers of 2^-126 and more; -0 becomes 0.
+// for its first 8 bits only. For numbers from 2^-126 to below 2^112, as all codes are; -0 becomes 0.
 static inline vf rounded_to_bf16(vf x) {
     vf larger = (vf)(((vu)x & 0x7f800000) + (16 << 23 | 1 << 22));  // 1.5 * 2^16 of its power of two
     return x + larger - larger;
