@@ -43,9 +43,9 @@ class LLM:
         from .engine import Engine  # late: torch and transformers take seconds to import
 
         self._engine = Engine.start(config)
+        self._running = Running(self._engine.coordinator, self._engine.close)
         # Also closes the shards of an LLM that is dropped, or still open when Python exits.
-        self._close = weakref.finalize(self, self._engine.close)
-        self._running = Running(self._engine.coordinator, self._close)
+        weakref.finalize(self, self._running.close)
         self._next_id = 0
         self._naming = threading.Lock()  # around _next_id
 
@@ -130,8 +130,8 @@ class LLM:
         self._running.abort(request_id)
 
     def close(self) -> None:
-        """Stop the shards; safe to call twice."""
-        self._close()
+        """Stop the shards, after the step of a call in another thread, which ends with ConfigError; safe to call twice."""
+        self._running.close()
 
     def __enter__(self) -> Self:
         return self
@@ -164,7 +164,7 @@ class LLM:
         task: Task,
     ) -> Generator[tuple[int, Samples], None, None]:
         """What has ended, with its place among `prompts`; all are checked here."""
-        if not self._close.alive:
+        if self._running.is_closed:
             raise ConfigError("this LLM is closed; make another one")
         params = _one_each(sampling_params, len(prompts), self._engine.config.sampling)
         all_samples = self._make_samples(prompts, params, task)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 from ..runtime.coordinator.launcher import Placement
 from ..runtime.errors import ConfigError
@@ -64,7 +65,8 @@ class LocalLauncher:
             return
         self._reader.join(timeout_s)
         assert self._nursery.stdin is not None, "stdin is a pipe"
-        self._nursery.stdin.close()  # the nursery kills what is left
+        with suppress(BrokenPipeError):  # it has ended, and never read all of its jobs
+            self._nursery.stdin.close()  # the nursery kills what is left
         try:
             self._nursery.wait(END_S)
         except subprocess.TimeoutExpired:  # stopped, or it hangs in an import

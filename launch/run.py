@@ -80,7 +80,8 @@ class _Job:
         self._config = config
         self._format = config.input.format
         self._limit = limit
-        self.output = OutputFile.open(Path(config.output.path), config, retry_failed)
+        row_ids = None if limit is None else {row.row_id for row in self.rows()}
+        self.output = OutputFile.open(Path(config.output.path), config, retry_failed, row_ids)
         # One reading of the input, so that the bar has a total and no shard starts for nothing.
         self.num_rows = self.num_left = 0
         try:

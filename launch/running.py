@@ -3,10 +3,9 @@
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from weakref import finalize
 
 from rich.console import Console
 
@@ -20,14 +19,15 @@ from ..runtime.observe.progress import NoProgress, make_progress
 class Running:
     """Drives a coordinator for any number of calls, one step at a time; a step serves the prompts of all of them.
 
-    `close` ends the shards for good; it is called when a step is broken off, which cannot be taken up again.
+    `close_shards` ends them for good; it is also called when a step is broken off, which cannot be taken up again.
     """
 
-    def __init__(self, coordinator: Coordinator, close: finalize) -> None:  # type: ignore[type-arg]
+    def __init__(self, coordinator: Coordinator, close_shards: Callable[[], None]) -> None:
+        self.is_closed = False
         self._coordinator = coordinator  # touched by the thread whose turn it is
-        self._close = close
-        self._turn = threading.Condition()  # around _is_taken; told of every end of a step
-        self._is_taken = False
+        self._close_shards = close_shards
+        self._turn = threading.Condition()  # around _stepper and is_closed; told of every end of a step
+        self._stepper: int | None = None  # the thread that takes a step
         self._live: dict[str, tuple[Samples, deque[Samples]]] = {}  # by request id; where it goes at its end
         self._new: deque[Request] = deque()  # not with the coordinator yet
         self._aborts: deque[str] = deque()
@@ -37,6 +37,15 @@ class Running:
         """End a prompt before the next step; unknown ids are ignored."""
         if request_id in self._live:
             self._aborts.append(request_id)
+
+    def close(self) -> None:
+        """End the shards, after the step that another thread takes; safe to call twice. Calls that are open then raise."""
+        with self._turn:
+            is_first, self.is_closed = not self.is_closed, True  # no other step begins
+            # A step is not waited for by what interrupts it: a signal handler, or its own failure.
+            self._turn.wait_for(lambda: self._stepper in (None, threading.get_ident()))
+            if is_first:
+                self._close_shards()
 
     def results(self, prompts: list[Samples], progress: bool) -> Generator[Samples, None, None]:
         """Run these prompts; each when all its samples have ended, in that order.
@@ -60,34 +69,36 @@ class Running:
                     num_tokens += samples.num_made
                     view.update(num_ended, 0, num_tokens)
                     yield samples
-            while not self._live and self._coordinator.has_work:
+            while not self._live and self._coordinator.has_work and not self.is_closed:
                 self._advance(ended)  # what the last plans hold is given back with their results
         finally:
             view.stop()
             self._aborts += [samples.request_id for samples in prompts]
             with self._turn:
                 # Not waited for: this may be a garbage collection in the middle of a step. The next one does it.
-                if not self._is_taken:
+                if self._stepper is None:
                     self._add_and_abort()
 
     def _advance(self, ended: deque[Samples]) -> None:
         """Take a step, unless another thread does so: then wait for the end of that one, or for what it ends."""
         with self._turn:
-            self._turn.wait_for(lambda: ended or not self._is_taken)
+            self._turn.wait_for(lambda: ended or self._stepper is None)
         with _interrupts_held():
             with self._turn:
-                if ended or self._is_taken:
+                if ended or self._stepper is not None:
                     return
-                self._is_taken = True
+                self._stepper = threading.get_ident()
             try:
                 self._step()
             finally:
                 with self._turn:
-                    self._is_taken = False
+                    self._stepper = None
                     self._turn.notify_all()
 
     def _step(self) -> None:
-        if not self._close.alive:
+        if self.is_closed:
+            if not self._live:
+                return  # closed since the last answer ended: nobody waits for more
             if isinstance(self._failure, ShardError):
                 raise self._failure  # it ends the calls of all threads
             raise ConfigError("this LLM is closed; make another one") from self._failure
@@ -97,7 +108,7 @@ class Running:
                 self._end(request)
         except BaseException as failure:
             self._failure = failure
-            self._close()
+            self.close()
             raise
 
     def _add_and_abort(self) -> None:

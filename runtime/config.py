@@ -95,10 +95,12 @@ class OutputConfig(_Section):
 class TimeoutsConfig(_Section):
     """How long to wait before calling something lost, in seconds."""
 
-    place_s: float = Field(120.0, gt=0, description="until Ray has placed every shard")
-    start_s: float = Field(600.0, gt=0, description="until every shard has its weights and cache")
-    step_s: float = Field(300.0, gt=0, description="one step, and each collective in it")
-    close_s: float = Field(10.0, gt=0, description="for shards to stop by themselves")
+    place_s: float = Field(120.0, gt=0, le=1_000_000, description="until Ray has placed every shard")
+    start_s: float = Field(
+        600.0, gt=0, le=1_000_000, description="until every shard has its weights and cache"
+    )
+    step_s: float = Field(300.0, gt=0, le=1_000_000, description="one step, and each collective in it")
+    close_s: float = Field(10.0, gt=0, le=1_000_000, description="for shards to stop by themselves")
 
 
 class RayConfig(_Section):

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ class _Scan:
     """What an output file holds."""
 
     done: set[str] = field(default_factory=set)
-    num_failed: int = 0  # of the done ones
+    num_failed: int = 0  # of the done ones that were asked for
     redo: set[int] = field(default_factory=set)  # line numbers of the failed rows that run again
     size_bytes: int = 0  # of the whole lines; what follows is a torn one
 
@@ -39,7 +39,7 @@ class _Scan:
 class OutputFile:
     """Open for appending by this process alone; use as a context manager.
 
-    done: ids of the rows that are finished and stay so; num_failed counts the input errors among them.
+    done: ids of the rows that are finished and stay so; num_failed counts the input errors of `row_ids` among them.
     """
 
     def __init__(self, path: Path, fd: int, scan: _Scan) -> None:
@@ -54,8 +54,16 @@ class OutputFile:
         self._syncer.start()
 
     @classmethod
-    def open(cls, path: Path, config: JobConfig, retry_failed: bool = False) -> Self:
+    def open(
+        cls,
+        path: Path,
+        config: JobConfig,
+        retry_failed: bool = False,
+        row_ids: Container[str] | None = None,
+    ) -> Self:
         """Lock and repair `path` and find out what is done; rows that run again lose their lines.
+
+        `row_ids` are the rows of this run; None: all. The lines of others stay.
 
         Raises ConfigError, with the file unchanged, when it cannot be written, another run is writing it,
         it holds something else, or it was begun with settings that give other results than `config`.
@@ -63,8 +71,8 @@ class OutputFile:
         path = path.resolve()  # a link stays one when the file is written anew
         fd = _open_locked(path)
         try:
-            scan = _scan(path, retry_failed)
-            if scan.size_bytes:
+            scan = _scan(path, retry_failed, row_ids)
+            if scan.done:
                 check_same_results(path, _config_path(path), config)
             os.ftruncate(fd, scan.size_bytes)
             if scan.redo:
@@ -79,7 +87,7 @@ class OutputFile:
 
     def save_config(self, config: JobConfig) -> None:
         """Write the resolved config beside the output. Raises ConfigError when results would differ."""
-        if os.fstat(self._fd).st_size:
+        if self.done:
             check_same_results(self.path, _config_path(self.path), config)
         save_config(_config_path(self.path), config)
 
@@ -169,7 +177,7 @@ def _open_locked(path: Path) -> int:
         ) from None
 
 
-def _scan(path: Path, retry_failed: bool) -> _Scan:
+def _scan(path: Path, retry_failed: bool, row_ids: Container[str] | None) -> _Scan:
     scan = _Scan()
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -177,11 +185,13 @@ def _scan(path: Path, retry_failed: bool) -> _Scan:
                 _check_torn(path, line)
                 break
             row_id, error_type = _read_line(path, number, line)
+            is_wanted = row_ids is None or row_id in row_ids
             if error_type == "system_error" or (error_type is not None and retry_failed):
-                scan.redo.add(number)
+                if is_wanted:
+                    scan.redo.add(number)
             else:
                 scan.done.add(row_id)
-                scan.num_failed += error_type is not None
+                scan.num_failed += error_type is not None and is_wanted
             scan.size_bytes += len(line)
     return scan
 
@@ -213,6 +223,7 @@ def _drop_lines(path: Path, fd: int, numbers: set[int]) -> int:
     temporary = path.with_name(path.name + ".rewrite")
     new_fd = os.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
+        os.fchmod(new_fd, stat.S_IMODE(os.fstat(fd).st_mode))
         fcntl.flock(new_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with open(path, "rb") as old, open(new_fd, "wb", closefd=False) as new:
             _copy(old, new, numbers)

@@ -5,6 +5,7 @@ A row that cannot be understood becomes a `BadRow`; the others go on.
 
 import difflib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def read_rows(
     seen: set[str] = set()
     same_names = len({file.name for file in files}) < len(files)
     for line in read_lines(files):
-        file_name = str(line.file) if same_names else line.file.name
+        name = str(line.file) if same_names else line.file.name
+        file_name = os.fsencode(name).decode("utf-8", "backslashreplace")  # a name may be any bytes
         place = f"{file_name} line {line.number}"
         row_id = f"line-{line.number}" if len(files) == 1 else f"{file_name}:line-{line.number}"
         while row_id in seen:  # somebody's own id looks like this

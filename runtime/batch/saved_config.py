@@ -33,7 +33,10 @@ def save_config(path: Path, config: JobConfig) -> None:
     temporary = path.with_name(path.name + ".new")
     try:
         heading = "# The resolved settings of the run that wrote the file beside this one.\n"
-        temporary.write_text(heading + text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(heading + text)
+            stream.flush()
+            os.fsync(stream.fileno())  # or a power cut may leave an empty file of this name beside rows
         os.replace(temporary, path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
@@ -47,6 +50,10 @@ def check_same_results(output: Path, saved: Path, config: JobConfig) -> None:
         return  # the user took it away
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {saved}, the settings of the rows in {output}: {error}") from None
+    if not isinstance(old, dict):
+        raise ConfigError(
+            f"{saved}, the settings of the rows in {output}, holds none; set another output.path"
+        )
     new, defaults = config.model_dump(mode="json"), JobConfig(model=config.model).model_dump(mode="json")
     for key in _RESULT_KEYS:
         before, now = _get(old, key, _get(defaults, key)), _get(new, key)

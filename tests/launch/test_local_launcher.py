@@ -17,6 +17,7 @@ from kvshard.launch.local import LocalLauncher, describe_status
 from kvshard.runtime.config import JobConfig, parse_config
 from kvshard.runtime.coordinator.launcher import Placement
 from kvshard.runtime.errors import ConfigError
+from kvshard.runtime.messages import ShardJob
 from kvshard.runtime.sampling_params import SamplingParams
 
 WAIT_S = 60.0
@@ -109,6 +110,17 @@ def test_a_shard_that_dies_is_described(model: Path) -> None:
         assert [health.rank for health in engine.executor.health()] == [0]
         launcher.close(0.0)
         assert "killed by SIGKILL" in launcher.dead()[1]
+
+
+def test_a_nursery_that_ends_before_it_has_read_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "true")
+    launcher = LocalLauncher(2)
+    job = ShardJob(
+        "j", 0, 0, 2, "ipc://e", None, " " * 2**20, "m", "cpu", "localhost"
+    )  # more than a pipe holds
+    launcher.start([job, job])
+    launcher.close(WAIT_S)
+    assert set(launcher.dead().values()) == {"the process that started it ended"}
 
 
 def test_a_nursery_that_does_not_end_is_killed_with_its_shards(

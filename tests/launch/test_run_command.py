@@ -103,6 +103,15 @@ def test_limit_takes_the_first_rows_and_the_rest_comes_later(job: Job) -> None:
     assert sorted(job.ids()) == ["r0", "r1", "r2", "r3", "r4"]
 
 
+def test_failed_rows_beyond_the_limit_are_left(job: Job) -> None:
+    job.rows(2, "{broken")
+    assert job.run().exit_code == 1
+    result = job.run("--limit", "2", "--retry-failed")
+    assert "All 2 rows are done already; nothing was started." in result.stdout
+    assert "of them failed" not in result.stdout
+    assert sorted(job.ids()) == ["line-3", "r0", "r1"]
+
+
 def test_failed_rows_give_exit_code_1_and_are_final_until_asked(job: Job) -> None:
     job.rows(2, "{broken", '{"id": "r0", "prompt": "x"}', '{"id": "long", "prompt": "' + "x" * 500 + '"}')
     result = job.run()

@@ -224,6 +224,53 @@ def test_a_stream_of_an_llm_that_is_closed_ends() -> None:
         next(stream)
 
 
+@pytest.mark.parametrize("num_tokens", [5, 100])
+def test_closing_waits_for_the_step_of_another_thread(num_tokens: int) -> None:
+    """Its call ends with an error, or with its answers where that step gave the last of them."""
+    llm = LLM(model="m")
+    executor = engine_of(llm).executor
+    ended: list[object] = []
+    closed_in_step: list[bool] = []
+    closing = threading.Thread(target=llm.close)
+
+    def close_in_step() -> None:
+        if executor.num_results == 5:
+            closing.start()
+            closing.join(0.1)
+            closed_in_step.append(executor.closed)
+
+    executor.on_step = close_in_step
+
+    def call() -> None:
+        try:
+            ended.append(
+                len(
+                    llm.generate("a", SamplingParams(temperature=0, max_tokens=num_tokens))[0]
+                    .outputs[0]
+                    .token_ids
+                )
+            )
+        except ConfigError as error:
+            ended.append(str(error))
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    calling.join(60)
+    closing.join(60)
+    assert closed_in_step == [False]
+    assert executor.closed
+    assert ended == [5 if num_tokens == 5 else "this LLM is closed; make another one"]
+
+
+def test_a_signal_handler_may_close_in_the_middle_of_a_step() -> None:
+    with LLM(model="m") as llm:
+        executor = engine_of(llm).executor
+        executor.on_step = llm.close
+        with pytest.raises(ConfigError, match="this LLM is closed"):
+            llm.generate("a", LONG)
+    assert executor.closed
+
+
 def test_a_stream_keeps_its_llm() -> None:
     stream = LLM(model="m").generate(["a", "b"], [SHORT, LONG], stream=True)
     gc.collect()

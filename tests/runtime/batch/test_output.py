@@ -145,6 +145,31 @@ def test_system_errors_run_again_and_input_errors_are_final(tmp_path: Path) -> N
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
 
 
+def test_failed_rows_that_are_not_asked_for_keep_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    content = SYSTEM_ERROR + ok_line("a") + INPUT_ERROR
+    path.write_bytes(content)
+    with OutputFile.open(path, CONFIG, retry_failed=True, row_ids={"a"}) as output:
+        assert output.done == {"a"}
+        assert output.num_failed == 0
+    assert path.read_bytes() == content
+    with OutputFile.open(path, CONFIG, row_ids={"a", "bad"}) as output:
+        assert output.num_failed == 1
+    with OutputFile.open(path, CONFIG, row_ids={"lost"}) as output:
+        assert output.done == {"a", "bad"}
+        assert output.num_failed == 0
+    assert ids(path) == ["a", "bad"]
+
+
+def test_dropping_lines_keeps_the_files_mode(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(ok_line("a") + SYSTEM_ERROR)
+    path.chmod(0o660)
+    OutputFile.open(path, CONFIG).close()
+    assert ids(path) == ["a"]
+    assert path.stat().st_mode & 0o777 == 0o660
+
+
 def test_a_link_stays_one_when_lines_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     file, link = tmp_path / "big" / "out.jsonl", tmp_path / "out.jsonl"
@@ -260,6 +285,30 @@ def test_a_setting_that_the_older_file_does_not_have_had_its_default(tmp_path: P
     OutputFile.open(path, config()).close()
     with pytest.raises(ConfigError, match=r"sampling\.n: .* 1 and the job says 2"):
         OutputFile.open(path, config(sampling={"n": 2}))
+
+
+def test_rows_that_all_failed_do_not_bind_the_settings(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    first, second = config(dtype="float16"), config(dtype="bfloat16")
+    with OutputFile.open(path, first) as output:
+        output.save_config(first)
+        output.write(SYSTEM_ERROR)
+    with OutputFile.open(path, second) as output:
+        assert ids(path) == []
+        output.save_config(second)
+        output.write(ok_line("lost"))
+    with pytest.raises(ConfigError, match=r"dtype: .* 'bfloat16' and the job says 'float16'"):
+        OutputFile.open(path, first)
+
+
+def test_an_empty_config_beside_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(ok_line("a"))
+    (tmp_path / "out.jsonl.config.yaml").touch()
+    with pytest.raises(
+        ConfigError, match=r"out\.jsonl\.config\.yaml, the settings of the rows in .*, holds none"
+    ):
+        OutputFile.open(path, CONFIG)
 
 
 def test_settings_that_only_change_speed_may_differ(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from kvshard.runtime.batch.inputs import find_inputs, read_lines
 from kvshard.runtime.batch.records import BadRow, Row, read_rows
+from kvshard.runtime.batch.response import error_line
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.sampling_params import SamplingParams
 
@@ -229,6 +231,20 @@ def test_globs_and_gz(tmp_path: Path) -> None:
     files = find_inputs(str(tmp_path / "*.jsonl*"))
     rows = list(read_rows(files, DEFAULTS))
     assert [row.row_id for row in rows] == ["a", "a.jsonl.gz:line-3", "b"]
+
+
+def test_a_file_name_that_is_not_utf_8_can_be_written(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / os.fsdecode(b"caf\xe9.jsonl")]
+    for file in files:
+        file.write_text("{broken")
+    [first, second] = read_rows(files, DEFAULTS)
+    assert (first.row_id, second.row_id) == ("a.jsonl:line-1", "caf\\xe9.jsonl:line-1")
+    assert isinstance(second, BadRow)
+    assert second.message.startswith("caf\\xe9.jsonl line 1: ")
+    assert (
+        json.loads(error_line(second.row_id, "input_error", second.code, second.message))["custom_id"]
+        == second.row_id
+    )
 
 
 def test_lines_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
