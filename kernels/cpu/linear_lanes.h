@@ -1,8 +1,7 @@
-// Products with a packed W in vectors of 8 rows, for processors with AVX2 and neither a matrix unit nor AVX-512. Torch's
-// products in bfloat16 need one of them to be fast. In float32 torch is faster from some 128 tokens on, and these below; but one
-// layout must do for all, and a step whose products are all in C is played without Python.
+// Products with a packed W in vectors of rows, for processors with AVX2 or AVX-512 and no instructions for bfloat16, which
+// torch's products in bfloat16 need to be fast.
 //
-// The lanes of a sum are rows, so nothing is left to add up at the end, and six tokens share what is read of W. A word of W
+// The lanes of a sum are rows, so nothing is left to add up at the end, and AT_ONCE tokens share what is read of W. A word of W
 // holds a channel of a row in float32, or two in bfloat16: shifted it is the even one in float32, masked the odd one.
 
 #pragma once
@@ -11,10 +10,14 @@
 
 #ifdef HAVE_LANES
 enum {
-    AT_ONCE = 6,        // tokens
-    MOST = 8 * AT_ONCE, // tokens of a block
-    PANEL = 576,        // channels that a block meets before the next: the second cache keeps their numbers of all tokens
-    FEW_CHANNELS = 128  // of codes that are widened for one block: the first cache keeps their numbers
+    AT_ONCE = LANES == 16 ? 12 : 6,  // tokens; with two vectors of rows 24 sums of 32 registers, or 12 of 16
+    SPAN = 2 * LANES,                // rows of these
+    PASSES = CHUNK / SPAN,
+    ALL = CHUNK / LANES,             // vectors of a chunk
+    MOST = 48,                       // tokens of a block
+    PANEL = 576,                     // channels that a block meets before the next: the second cache keeps their numbers of all tokens
+    FEW_CHANNELS = 128,              // of codes that are widened for one block: the first cache keeps their numbers
+    AHEAD = LANES == 16 ? 4096 : 0   // bytes that one or two tokens read ahead, where that was measured
 };
 
 static inline vu words_of(const uint16_t *w) {
@@ -62,64 +65,86 @@ static void pack_chunk(const uint16_t *w, int64_t rows, int64_t halves, uint16_t
 #define WEIGHTS(WORD, w, channel) \
     ((vf)(WORD == 1 ? words_of(w) : channel ? words_of(w) & 0xffff0000 : words_of(w) << 16))
 
-// Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors: out[rows / 16][MOST][16], where
-// panels but the first find what came before. Channels are taken one by one, so a sum is the same in any of these. If the loop
-// over them were unrolled, or words of W kept for both of their channels, GCC would run out of registers. next: what is brought
-// to the second cache meanwhile, so many bytes for each word.
-#define DEFINE_LANES(NAME, T, V, WORD)                                                                                  \
+// Where sums[2][MOST][16 rows] has a token's sums of the i-th vector of rows.
+static inline int64_t place_of_sums(int64_t i, int64_t token) { return (i * LANES / SIDE * MOST + token) * SIDE + i * LANES % SIDE; }
+
+// What a word of SPAN rows brings near: so many bytes in lines of 64, or fewer.
+static inline void fetch_word(const char *next, int64_t bytes) {
+    for (int64_t i = 0; i < 2 / PASSES; i++) __builtin_prefetch(next + i * bytes * PASSES / 2, 0, 2);
+}
+
+// Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors, to their places from `out` on,
+// where panels but the first find what came before. Channels are taken one by one, so a sum is the same in any of these. If the
+// loop over them were unrolled, or words of W kept for both of their channels, GCC would run out of registers. next: what is
+// brought to the second cache meanwhile, so many bytes for each word; one and two tokens ask for what they read soon instead.
+#define DEFINE_LANES(NAME, T, V, WORD)                                                                                        \
     static void NAME(const uint16_t *w, const struct tokens *x, int64_t first, const char *next, int64_t bytes, float *out) { \
-        const float *in[T];                                                                                             \
-        vf sums[T][V] = {};                                                                                             \
-        _Pragma("GCC unroll 6") for (int64_t t = 0; t < T; t++) {                                                       \
-            int64_t token = min64(first + t, x->count - 1);                                                             \
-            in[t] = x->numbers + token * x->stride;                                                                     \
-            if (!x->from) continue;                                                                                     \
-            _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++)                                                     \
-                sums[t][i] = load(out + (i / 2 * MOST + token - first) * SIDE + i % 2 * LANES);                         \
-        }                                                                                                               \
-        _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, w += 2 * CHUNK, next += bytes) {       \
-            if (T > 2) __builtin_prefetch(next, 0, 2);                                                                  \
-            _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                    \
-                vf weights[V];                                                                                          \
-                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = WEIGHTS(WORD, w + i * 2 * LANES, j);   \
-                _Pragma("GCC unroll 6") for (int t = 0; t < T; t++)                                                     \
-                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * splat(in[t][c + j]); \
-            }                                                                                                           \
-        }                                                                                                               \
-        for (int64_t t = 0; t < min64(T, x->count - first); t++)                                                        \
-            for (int64_t i = 0; i < V; i++) store(out + (i / 2 * MOST + t) * SIDE + i % 2 * LANES, sums[t][i]);         \
+        const float *in[T];                                                                                                   \
+        vf sums[T][V] = {};                                                                                                   \
+        _Pragma("GCC unroll 12") for (int64_t t = 0; t < T; t++) {                                                            \
+            int64_t token = min64(first + t, x->count - 1);                                                                   \
+            in[t] = x->numbers + token * x->stride;                                                                           \
+            if (!x->from) continue;                                                                                           \
+            _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++) sums[t][i] = load(out + place_of_sums(i, token - first)); \
+        }                                                                                                                     \
+        _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, w += 2 * CHUNK, next += bytes) {             \
+            if (T > 2) fetch_word(next, bytes);                                                                               \
+            else if (AHEAD) fetch_word((const char *)w + AHEAD, 4 * CHUNK);                                                   \
+            _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                          \
+                vf weights[V];                                                                                                \
+                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = WEIGHTS(WORD, w + i * 2 * LANES, j);         \
+                _Pragma("GCC unroll 12") for (int t = 0; t < T; t++) {                                                        \
+                    vf number = splat(in[t][c + j]);                                                                          \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * number;                    \
+                }                                                                                                             \
+            }                                                                                                                 \
+        }                                                                                                                     \
+        for (int64_t t = 0; t < min64(T, x->count - first); t++)                                                              \
+            for (int64_t i = 0; i < V; i++) store(out + place_of_sums(i, t), sums[t][i]);                                     \
     }
-DEFINE_LANES(bfloat16_of_one, 1, 4, 2)
-DEFINE_LANES(bfloat16_of_two, 2, 4, 2)
-DEFINE_LANES(bfloat16_of_four, 4, 2, 2)
-DEFINE_LANES(bfloat16_of_six, AT_ONCE, 2, 2)
-DEFINE_LANES(float32_of_one, 1, 4, 1)
-DEFINE_LANES(float32_of_two, 2, 4, 1)
-DEFINE_LANES(float32_of_four, 4, 2, 1)
-DEFINE_LANES(float32_of_six, AT_ONCE, 2, 1)
+#if LANES == 16
+#define DEFINE_ALL(FORMAT, WORD)            \
+    DEFINE_LANES(FORMAT##_1, 1, ALL, WORD)  \
+    DEFINE_LANES(FORMAT##_2, 2, ALL, WORD)  \
+    DEFINE_LANES(FORMAT##_4, 4, 2, WORD)    \
+    DEFINE_LANES(FORMAT##_8, 8, 2, WORD)    \
+    DEFINE_LANES(FORMAT##_12, 12, 2, WORD)
+#define KERNELS(FORMAT) {{1, FORMAT##_1}, {2, FORMAT##_2}, {4, FORMAT##_4}, {8, FORMAT##_8}, {12, FORMAT##_12}}
+#else
+#define DEFINE_ALL(FORMAT, WORD)            \
+    DEFINE_LANES(FORMAT##_1, 1, ALL, WORD)  \
+    DEFINE_LANES(FORMAT##_2, 2, ALL, WORD)  \
+    DEFINE_LANES(FORMAT##_4, 4, 2, WORD)    \
+    DEFINE_LANES(FORMAT##_6, 6, 2, WORD)
+#define KERNELS(FORMAT) {{1, FORMAT##_1}, {2, FORMAT##_2}, {4, FORMAT##_4}, {6, FORMAT##_6}}
+#endif
+DEFINE_ALL(float32, 1)
+DEFINE_ALL(bfloat16, 2)
 
-typedef void lanes_kernel(const uint16_t *, const struct tokens *, int64_t, const char *, int64_t, float *);
-enum { ONE, TWO, FOUR, SIX };
-static lanes_kernel *const kernels[][4] = {
-    [FLOAT32] = {float32_of_one, float32_of_two, float32_of_four, float32_of_six},
-    [BFLOAT16] = {bfloat16_of_one, bfloat16_of_two, bfloat16_of_four, bfloat16_of_six},
+// Kernels of ever more tokens. The first two have all rows of a chunk, the others SPAN of them.
+struct lanes_kernel {
+    int64_t tokens;
+    void (*run)(const uint16_t *, const struct tokens *, int64_t, const char *, int64_t, float *);
 };
+static const struct lanes_kernel kernels[][5] = {[FLOAT32] = KERNELS(float32), [BFLOAT16] = KERNELS(bfloat16)};
+enum { ONE, TWO, MORE };
 
-// A panel of a chunk and a block of tokens. Half of the panel behind it is brought near by the tokens that meet half of this
-// one, each six their share: by the first six alone it would be more at a time than the memory gives. One and two tokens
-// are done sooner than it comes, and the processor itself reads ahead.
-static void multiply_panel(lanes_kernel *const *kernel, const uint16_t *w, int64_t halves, const struct tokens *x, float *sums) {
+// A panel of a chunk and a block of tokens. As much of the panel behind it is brought near by the tokens that meet a pass of
+// rows, each AT_ONCE their share: by the first of them alone it would be more at a time than the memory gives. One and two
+// tokens are done sooner than it comes, and the processor itself reads ahead.
+static void multiply_panel(const struct lanes_kernel *kernel, const uint16_t *w, int64_t halves, const struct tokens *x, float *sums) {
     int64_t rest = x->count % AT_ONCE, last = rest <= 2 ? x->count - rest : x->count;
-    int64_t shares = (last + AT_ONCE - 1) / AT_ONCE, half_bytes = SIDE * 2 * halves;
-    for (int64_t half = 0; half < 2; half++) {
-        const char *next = (const char *)(w + CHUNK * halves) + half * half_bytes;
+    int64_t shares = (last + AT_ONCE - 1) / AT_ONCE, pass_bytes = SPAN * 2 * halves;
+    for (int64_t pass = 0; pass < PASSES; pass++) {
+        const char *next = (const char *)(w + CHUNK * halves) + pass * pass_bytes;
         for (int64_t i = 0; i < shares; i++) {
-            int64_t t = i * AT_ONCE;
-            float *out = sums + (half * MOST + t) * SIDE;
-            kernel[last - t <= 4 ? FOUR : SIX](w + half * 2 * SIDE, x, t, next + i * half_bytes / shares, 64 / shares, out);
+            int64_t t = i * AT_ONCE, size = MORE;
+            while (kernel[size].tokens < min64(last - t, AT_ONCE)) size++;
+            float *out = sums + place_of_sums(2 * pass, t);
+            kernel[size].run(w + pass * 2 * SPAN, x, t, next + i * pass_bytes / shares, 4 * SPAN / shares, out);
         }
     }
-    if (last < x->count) kernel[rest == 1 ? ONE : TWO](w, x, last, NULL, 0, sums + last * SIDE);
+    if (last < x->count) kernel[rest == 1 ? ONE : TWO].run(w, x, last, NULL, 0, sums + place_of_sums(0, last));
 }
 
 // A chunk and a block of tokens: sums[2][MOST][16 rows].

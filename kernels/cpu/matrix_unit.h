@@ -1,4 +1,5 @@
-// Whether there is a matrix unit (AMX of Intel processors), whether this process may use it, and what its users share.
+// Whether there is a matrix unit (AMX of Intel processors), whether this process may use it, and what its users share. Where
+// there is none, nor instructions for bfloat16 that make torch's products fast, those are in vectors of rows: linear_lanes.h.
 
 #pragma once
 #include <stdint.h>
@@ -60,4 +61,7 @@ static inline void turn_pairs(__m512i *x) {
         x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
     }
 }
+
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512BF16__)
+#define HAVE_LANES 1
 #endif

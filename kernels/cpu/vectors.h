@@ -15,10 +15,6 @@
 #define LANES 4
 #endif
 
-#if LANES == 8 && defined(__AVX2__) && defined(__FMA__)  // products in vectors of rows: linear_lanes.h
-#define HAVE_LANES 1
-#endif
-
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));

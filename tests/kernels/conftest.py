@@ -190,7 +190,7 @@ def _one_thread() -> Any:
 
 @pytest.fixture(params=["native", *OTHER_PROCESSORS])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Products in C as for this one and for older ones, whose vectors are of 8 and 4 numbers."""
+    """Products in C as for this processor and for others, whose vectors are of 16, 8 and 4 numbers."""
     if request.param != "native":
         library = load_for(request.param, lambda: cpu_linear._library(request.param))
         monkeypatch.setattr(cpu_linear, "_library", lambda: library)

@@ -1,4 +1,4 @@
-"""The C of the CPU as it is compiled for processors older than this one."""
+"""The C of the CPU as it is compiled for other processors than this one."""
 
 import ctypes
 import platform
@@ -8,14 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-# Flags of the compiler: vectors of 8 numbers without AVX-512, and of 4.
-OTHER_PROCESSORS = ("-march=haswell", "-march=x86-64-v2")
+# Flags of the compiler: vectors of 16 numbers without a matrix unit, of 8, and of 4.
+OTHER_PROCESSORS = ("-march=skylake-avx512", "-march=haswell", "-march=x86-64-v2")
 
 
 def load_for(flag: str, load: Callable[[], ctypes.CDLL | None]) -> ctypes.CDLL:
     """The library; the test is skipped where it cannot be made or run."""
-    if platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this processor has no AVX2")
+    wanted = "AVX-512" if "avx512" in flag else "AVX2"
+    has = torch.cpu._is_avx512_supported() if wanted == "AVX-512" else torch.cpu._is_avx2_supported()
+    if platform.machine() != "x86_64" or not has:
+        pytest.skip(f"this processor has no {wanted}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library = load()
