@@ -9,7 +9,7 @@ from kvshard.kernels.weight_codes import WeightCodes
 
 from ..tolerances import assert_within
 
-TOKENS = (1, 5, 14, 16, 17, 32, 33, 70)  # tiles are of 16 and 32, vectors meet up to 12
+TOKENS = (1, 5, 14, 15, 16, 17, 32, 33, 70)  # tiles are of 16 and 32, vectors meet up to 12
 ROWS = (7, 32, 83, 960)
 WIDTHS = (32, 96, 100, 576)
 IN_C = 64  # tokens up to which a plain weight is read in C
