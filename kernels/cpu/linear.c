@@ -39,6 +39,24 @@ static int64_t parts_of(const struct linear *a, int64_t chunks) {
     if (threads == 1) return 1;
     return threads * (a->num_tokens > CHUNK ? (chunks + kept - 1) / kept : PARTS);
 }
+
+static void multiply_all(struct product *p) {
+    p->parts = min64(parts_of(p->a, p->chunks), p->chunks);
+    kvshard_share_out(multiply_part, p, p->parts, p->a->num_threads);
+}
+
+#ifdef HAVE_LANES
+static void multiply_turned(struct product *p, float *turned) {
+    const struct linear *a = p->a;
+    for (int64_t first = 0; first < a->num_tokens; first += TURNED) {
+        struct turning turning = {a, first, min64(TURNED, a->num_tokens - first), turned};
+        kvshard_share_out(turn_block, &turning, (turning.count + MOST - 1) / MOST, a->num_threads);
+        struct linear some = product_of(&turning);
+        p->a = &some;
+        multiply_all(p);
+    }
+}
+#endif
 #endif
 
 // Whether weights of a format may be packed.
@@ -80,9 +98,12 @@ int linear_packed(const struct linear *a) {
 #ifdef PACKS
     int64_t chunks = (a->n + CHUNK - 1) / CHUNK, whole = a->n / CHUNK, threads = a->num_threads;
     int64_t halves = row_halves(a), size = CHUNK * halves;
-    int64_t each = room_of(a), last = whole < chunks ? 2 * size : 0;
-    uint16_t *room = last + each ? aligned_alloc(64, (size_t)(last + threads * each) * 2) : NULL, *rest = room;
-    if (last + each && !room) return 1;
+    int64_t each = room_of(a), last = whole < chunks ? 2 * size : 0, turned = 0;
+#ifdef HAVE_LANES
+    turned = 2 * turned_room(a);
+#endif
+    uint16_t *room = aligned_alloc(64, (size_t)(last + threads * each + turned) * 2 / 64 * 64 + 64), *rest = room;
+    if (!room) return 1;
     if (last) {
         const uint16_t *rows = (const uint16_t *)a->w + whole * size;
         if (a->codes.bits) {
@@ -92,8 +113,12 @@ int linear_packed(const struct linear *a) {
         }
         pack_chunk(rows, a->n - whole * CHUNK, halves, rest);
     }
-    struct product product = {a, rest, room + last, each, chunks, min64(parts_of(a, chunks), chunks)};
-    kvshard_share_out(multiply_part, &product, product.parts, threads);
+    struct product product = {a, rest, room + last, each, chunks, 0};
+#ifdef HAVE_LANES
+    multiply_turned(&product, (float *)(room + last + threads * each));
+#else
+    multiply_all(&product);
+#endif
     free(room);
 #endif
     return 0;

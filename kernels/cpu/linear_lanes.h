@@ -2,7 +2,8 @@
 // torch's products in bfloat16 need to be fast.
 //
 // The lanes of a sum are rows, so nothing is left to add up at the end, and AT_ONCE tokens share what is read of W. A word of W
-// holds a channel of a row in float32, or two in bfloat16: shifted it is the even one in float32, masked the odd one.
+// holds a channel of a row in float32, or two in bfloat16: shifted it is the even one in float32, masked the odd one. Tokens
+// are turned before, so that the numbers that meet a channel of W lie side by side.
 
 #pragma once
 #include "activation.h"
@@ -15,6 +16,7 @@ enum {
     PASSES = CHUNK / SPAN,
     ALL = CHUNK / LANES,             // vectors of a chunk
     MOST = 48,                       // tokens of a block
+    TURNED = 10 * MOST,              // tokens that lie turned at a time
     PANEL = 576,                     // channels that a block meets before the next: the second cache keeps their numbers of all tokens
     FEW_CHANNELS = 128,              // of codes that are widened for one block: the first cache keeps their numbers
     AHEAD = LANES == 16 ? 4096 : 0   // bytes that one or two tokens read ahead, where that was measured
@@ -40,10 +42,10 @@ static inline void turn_words(vu x[LANES]) {
     }
 }
 
-// Tokens of a block in float32, and the channels of a panel.
+// Tokens of a block in float32, AT_ONCE by AT_ONCE [k][tokens], and the channels of a panel.
 struct tokens {
     const float *numbers;
-    int64_t stride, count, from, end;
+    int64_t k, count, from, end;
 };
 
 // Where a packed chunk has a word of a row.
@@ -73,34 +75,31 @@ static inline void fetch_word(const char *next, int64_t bytes) {
     for (int64_t i = 0; i < 2 / PASSES; i++) __builtin_prefetch(next + i * bytes * PASSES / 2, 0, 2);
 }
 
-// Sums of `T` tokens, the last ones repeated where there are fewer, and the rows of V vectors, to their places from `out` on,
-// where panels but the first find what came before. Channels are taken one by one, so a sum is the same in any of these. If the
+// Sums of `T` tokens, or as many as there are, and the rows of V vectors, to their places from `out` on, where panels but the
+// first find what came before. Channels are taken one by one, so a sum is the same in any of these. If the
 // loop over them were unrolled, or words of W kept for both of their channels, GCC would run out of registers. next: what is
 // brought to the second cache meanwhile, so many bytes for each word; one and two tokens ask for what they read soon instead.
-#define DEFINE_LANES(NAME, T, V, WORD)                                                                                        \
-    static void NAME(const uint16_t *w, const struct tokens *x, int64_t first, const char *next, int64_t bytes, float *out) { \
-        const float *in[T];                                                                                                   \
-        vf sums[T][V] = {};                                                                                                   \
-        _Pragma("GCC unroll 12") for (int64_t t = 0; t < T; t++) {                                                            \
-            int64_t token = min64(first + t, x->count - 1);                                                                   \
-            in[t] = x->numbers + token * x->stride;                                                                           \
-            if (!x->from) continue;                                                                                           \
-            _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++) sums[t][i] = load(out + place_of_sums(i, token - first)); \
-        }                                                                                                                     \
-        _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, w += 2 * CHUNK, next += bytes) {             \
-            if (T > 2) fetch_word(next, bytes);                                                                               \
-            else if (AHEAD) fetch_word((const char *)w + AHEAD, 4 * CHUNK);                                                   \
-            _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                          \
-                vf weights[V];                                                                                                \
-                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = WEIGHTS(WORD, w + i * 2 * LANES, j);         \
-                _Pragma("GCC unroll 12") for (int t = 0; t < T; t++) {                                                        \
-                    vf number = splat(in[t][c + j]);                                                                          \
-                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * number;                    \
-                }                                                                                                             \
-            }                                                                                                                 \
-        }                                                                                                                     \
-        for (int64_t t = 0; t < min64(T, x->count - first); t++)                                                              \
-            for (int64_t i = 0; i < V; i++) store(out + place_of_sums(i, t), sums[t][i]);                                     \
+#define DEFINE_LANES(NAME, T, V, WORD)                                                                                            \
+    static void NAME(const uint16_t *w, const struct tokens *x, int64_t first, const char *next, int64_t bytes, float *out) {     \
+        const float *in = x->numbers + first * x->k + x->from * T;                                                                \
+        vf sums[T][V] = {};                                                                                                       \
+        if (x->from) _Pragma("GCC unroll 12") for (int64_t t = 0; t < T; t++)                                                     \
+            _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++)                                                               \
+                sums[t][i] = load(out + place_of_sums(i, min64(t, x->count - first - 1)));                                        \
+        _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, in += T * WORD, w += 2 * CHUNK, next += bytes) { \
+            if (T > 2) fetch_word(next, bytes);                                                                                   \
+            else if (AHEAD) fetch_word((const char *)w + AHEAD, 4 * CHUNK);                                                       \
+            _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                              \
+                vf weights[V];                                                                                                    \
+                _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) weights[i] = WEIGHTS(WORD, w + i * 2 * LANES, j);             \
+                _Pragma("GCC unroll 12") for (int t = 0; t < T; t++) {                                                            \
+                    vf number = splat(in[j * T + t]);                                                                             \
+                    _Pragma("GCC unroll 4") for (int i = 0; i < V; i++) sums[t][i] += weights[i] * number;                        \
+                }                                                                                                                 \
+            }                                                                                                                     \
+        }                                                                                                                         \
+        for (int64_t t = 0; t < min64(T, x->count - first); t++)                                                                  \
+            for (int64_t i = 0; i < V; i++) store(out + place_of_sums(i, t), sums[t][i]);                                         \
     }
 #if LANES == 16
 #define DEFINE_ALL(FORMAT, WORD)            \
@@ -127,7 +126,21 @@ struct lanes_kernel {
     void (*run)(const uint16_t *, const struct tokens *, int64_t, const char *, int64_t, float *);
 };
 static const struct lanes_kernel kernels[][5] = {[FLOAT32] = KERNELS(float32), [BFLOAT16] = KERNELS(bfloat16)};
-enum { ONE, TWO, MORE };
+
+// The kernel that takes so many tokens, or, of more than AT_ONCE, the first of them.
+static inline const struct lanes_kernel *kernel_for(const struct lanes_kernel *kernel, int64_t tokens) {
+    while (kernel->tokens < min64(tokens, AT_ONCE)) kernel++;
+    return kernel;
+}
+
+// Where numbers of a block's tokens end, if there are so many.
+static inline int64_t numbers_of(int64_t tokens, int64_t k) {
+    int64_t rest = tokens % AT_ONCE;
+    return (tokens - rest + (rest ? kernel_for(kernels[FLOAT32], rest)->tokens : 0)) * k;
+}
+
+// Numbers of a full block and what the last vector of a block writes past them.
+static inline int64_t block_room(int64_t k) { return MOST * k + LANES; }
 
 // A panel of a chunk and a block of tokens. As much of the panel behind it is brought near by the tokens that meet a pass of
 // rows, each AT_ONCE their share: by the first of them alone it would be more at a time than the memory gives. One and two
@@ -138,13 +151,12 @@ static void multiply_panel(const struct lanes_kernel *kernel, const uint16_t *w,
     for (int64_t pass = 0; pass < PASSES; pass++) {
         const char *next = (const char *)(w + CHUNK * halves) + pass * pass_bytes;
         for (int64_t i = 0; i < shares; i++) {
-            int64_t t = i * AT_ONCE, size = MORE;
-            while (kernel[size].tokens < min64(last - t, AT_ONCE)) size++;
-            float *out = sums + place_of_sums(2 * pass, t);
-            kernel[size].run(w + pass * 2 * SPAN, x, t, next + i * pass_bytes / shares, 4 * SPAN / shares, out);
+            int64_t t = i * AT_ONCE;
+            const char *share = next + i * pass_bytes / shares;
+            kernel_for(kernel, last - t)->run(w + pass * 2 * SPAN, x, t, share, 4 * SPAN / shares, sums + place_of_sums(2 * pass, t));
         }
     }
-    if (last < x->count) kernel[rest == 1 ? ONE : TWO].run(w, x, last, NULL, 0, sums + place_of_sums(0, last));
+    if (last < x->count) kernel_for(kernel, rest)->run(w, x, last, NULL, 0, sums + place_of_sums(0, last));
 }
 
 // A chunk and a block of tokens: sums[2][MOST][16 rows].
@@ -206,33 +218,61 @@ static void write_lanes(const struct linear *a, const float *sums, int64_t token
 // Chunks of W that all tokens meet before the next.
 static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_halves(a)) + 1; }
 
-// Of a thread: for a block of tokens that are not in float32, and of codes kept chunks of numbers.
-static int64_t tokens_room(const struct linear *a) { return a->format == FLOAT32 ? 0 : 2 * MOST * a->k; }
-static int64_t room_of(const struct linear *a) {
-    return tokens_room(a) + (a->codes.bits ? kept_chunks(a) * CHUNK * row_halves(a) : 0);
+// Of a thread: kept chunks of numbers that were codes.
+static int64_t room_of(const struct linear *a) { return a->codes.bits ? kept_chunks(a) * CHUNK * row_halves(a) : 0; }
+
+// Floats for as many tokens as lie turned at a time.
+static int64_t turned_room(const struct linear *a) {
+    int64_t count = min64(a->num_tokens, TURNED);
+    return count / MOST * block_room(a->k) + numbers_of(count % MOST, a->k) + LANES;
 }
 
-// Tokens first .. first + count - 1; those that are not in float32 are widened into the room.
-static struct tokens take_tokens(const struct linear *a, int64_t first, int64_t count, float *room) {
-    if (a->format == FLOAT32) return (struct tokens){(const float *)a->x + first * a->x_stride, a->x_stride, count, 0, 0};
-    for (int64_t t = 0; t < count; t++) widen_token(a, first + t, a->k, room + t * a->k);
-    return (struct tokens){room, a->k, count, 0, 0};
+struct turning {
+    const struct linear *a;
+    int64_t first, count;
+    float *out;  // a block has its room
+};
+
+// A task: a block of MOST tokens. A vector of tokens is stored for each channel, and what it has past the last of them is
+// overwritten by the next.
+static void turn_block(const void *context, int64_t block, int64_t thread) {
+    const struct turning *t = context;
+    const struct linear *a = t->a;
+    int64_t behind = min64((block + 1) * MOST, t->count);
+    float *out = t->out + block * block_room(a->k);
+    for (int64_t token = block * MOST, count; token < behind; token += count, out += numbers_of(count, a->k)) {
+        count = min64(AT_ONCE, behind - token);
+        int64_t width = kernel_for(kernels[FLOAT32], count)->tokens;
+        for (int64_t c = 0; c < a->k; c += LANES) {
+            vu x[LANES] = {};
+            for (int64_t i = 0; i < count; i++) x[i] = (vu)load_numbers(a->format, a->x, (t->first + token + i) * a->x_stride + c);
+            turn_words(x);
+            for (int64_t i = 0; i < LANES; i++) store(out + (c + i) * width, (vf)x[i]);
+        }
+    }
 }
 
-// Chunks first .. end - 1 of W with all tokens.
-static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *room, int64_t first, int64_t end) {
+// The product of the tokens that were turned.
+static struct linear product_of(const struct turning *t) {
+    struct linear some = *t->a;
+    int64_t outputs = some.gated ? some.n / 2 : some.n, bytes = some.format == FLOAT32 || some.to_float32 ? 4 : 2;
+    some.x = t->out;
+    some.num_tokens = t->count;
+    some.out = (uint8_t *)some.out + t->first * outputs * bytes;
+    return some;
+}
+
+// Chunks first .. end - 1 of W with all tokens, which are turned.
+static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *numbers, int64_t first, int64_t end) {
     int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_halves(a), one_block = a->num_tokens <= MOST;
     enum widened as = a->format == FLOAT32 ? PLAIN : PAIRED;
-    uint16_t *numbers = room + tokens_room(a);
-    struct tokens x = {0};
     float sums[2 * SIDE * MOST];
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
         for (int64_t chunk = begin; a->codes.bits && !one_block && chunk < min64(behind, whole); chunk++)
             widen_lanes(&a->codes, chunk, 0, a->k, as, numbers + (chunk - begin) * size);
         for (int64_t token = 0; token < a->num_tokens; token += MOST) {
-            if (begin == first || !one_block)  // a block that is all there is stays from the chunks before
-                x = take_tokens(a, token, min64(MOST, a->num_tokens - token), (float *)room);
+            struct tokens x = {(const float *)a->x + token / MOST * block_room(a->k), a->k, min64(MOST, a->num_tokens - token), 0, 0};
             for (int64_t chunk = begin; chunk < behind; chunk++) {
                 if (chunk == whole) multiply_lanes(a, rest, x, sums);
                 else if (!a->codes.bits) multiply_lanes(a, (const uint16_t *)a->w + chunk * size, x, sums);

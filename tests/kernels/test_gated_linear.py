@@ -37,7 +37,7 @@ def expected(x: Tensor, weight: Tensor | WeightCodes, activation: str) -> Tensor
 def test_matches_one_after_the_other(kind: str, inner: int, activation: str) -> None:
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
     weight = codes(2 * inner) if kind == "codes" else numbers(2 * inner, WIDTH, seed=1, dtype=dtype)
-    for tokens in (1, 16, 17, 33, 70):
+    for tokens in (1, 16, 17, 33, 70, 500):
         x = numbers(tokens, WIDTH, seed=2, dtype=dtype)
         copy = weight.rows(torch.arange(2 * inner)) if isinstance(weight, WeightCodes) else weight.clone()
         got = gated_linear(x, LinearWeight.take_gated(copy), activation)
