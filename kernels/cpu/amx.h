@@ -57,18 +57,6 @@ static void products(const uint32_t *q, const uint16_t *const *keys, int64_t col
     _tile_stored(3, x + 48 * columns, stride);
 }
 
-// 2^x to 2 units in the last place for x <= 0, of fewer instructions than exp2_of: x's fraction in [0, 1) goes through a
-// polynomial that is exact at 0, and the scaling takes x's whole part by itself. Also right for -inf and NaN.
-static inline vf weight_of(vf x) {
-    enum { FRACTION = 9 };  // what is left over the next lower integer; no exceptions
-    vf f = (vf)_mm512_reduce_ps((__m512)x, FRACTION), p = splat(1.867130165919661522e-3f);
-    p = p * f + 9.017029777169227600e-3f;
-    p = p * f + 5.579991266131401062e-2f;
-    p = p * f + 2.401644438505172729e-1f;
-    p = p * f + 6.931512951850891113e-1f;
-    p = p * f + 1.0f;
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
 // x * gain - origin, rounded once.
 static inline vf above(vf x, vf gain, vf origin) { return (vf)_mm512_fmsub_ps((__m512)x, (__m512)gain, (__m512)origin); }
 

@@ -97,11 +97,12 @@ static float *partial_of(const struct attention *a, float *partials, int64_t par
 }
 
 static void read_queries(const struct attention *a, const struct item *it, int64_t first_head, int64_t heads, struct queries *q) {
-    int64_t padded = a->vectors * LANES, bytes = BITS[a->q_format] / 8;
+    int64_t bytes = BITS[a->q_format] / 8;
     q->factor = (float)(a->soft_cap > 0 ? 2 * a->scale / a->soft_cap * LOG2_E : a->scale * LOG2_E);
     q->rows = queries_of(it) * heads;
     float row[MAX_DIM] = {};
 #ifdef HAVE_AMX
+    int64_t padded = a->vectors * LANES;
     uint16_t few[GROUP * MAX_DIM], *halves = q->rows <= GROUP ? few : q->halves;
     float gain = has_gain(a->cache_format) ? GAIN_IN : 1;
 #endif
@@ -109,10 +110,9 @@ static void read_queries(const struct attention *a, const struct item *it, int64
         int64_t at = token_of(a, it, m / heads) * a->q_stride + (first_head + m % heads) * a->q_head_stride;
         widen_flat(a->q_format, (const uint8_t *)a->q + at * bytes, a->head_dim, row);
         q->position[m] = (int32_t)position_of(a, it, m / heads);
-        if (!a->tiles) memcpy(q->floats + m * padded, row, (size_t)padded * 4);
+        for (int64_t c = 0; c < a->head_dim && !a->tiles; c++) q->floats[m * a->head_dim + c] = row[c] * q->factor;
 #ifdef HAVE_AMX
-        else
-            for (int64_t c = 0; c < padded; c += LANES) store_bf16(halves + m * padded + c, load(row + c) * gain);
+        for (int64_t c = 0; c < padded && a->tiles; c += LANES) store_bf16(halves + m * padded + c, load(row + c) * gain);
 #endif
     }
     for (int64_t m = q->rows; m % 16; m++) q->position[m] = q->position[q->rows - 1];

@@ -124,23 +124,15 @@ static void read_scales(
     }
 }
 
-struct floats {
-    float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];
-};
-
-// Keys and values of positions begin .. end - 1 of a row, all in one block, in their places; of the others zero.
-static void read_floats(
-    const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, int64_t padded, struct floats *f
+// Values of positions begin .. end - 1 of a row, all in one block, in their places; of the others zero.
+static void read_values(
+    const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, int64_t padded, float *out
 ) {
     int64_t first = begin % BLOCK, after = first + end - begin;
-    for (int i = 0; i < 2; i++) {
-        float *rows = i ? f->v : f->k;
-        memset(rows, 0, (size_t)(first * padded) * 4);
-        memset(rows + after * padded, 0, (size_t)((BLOCK - after) * padded) * 4);
-    }
+    memset(out, 0, (size_t)(first * padded) * 4);
+    memset(out + after * padded, 0, (size_t)((BLOCK - after) * padded) * 4);
     for (int64_t at = begin, count; at < end; at += count) {
-        int64_t stored = stored_row(a, row, kv_head, at, end, &count), place = at % BLOCK;
-        widen_rows(a, a->k, stored, count, padded, f->k + place * padded);
-        widen_rows(a, a->v, stored, count, padded, f->v + place * padded);
+        int64_t stored = stored_row(a, row, kv_head, at, end, &count);
+        widen_rows(a, a->v, stored, count, padded, out + at % BLOCK * padded);
     }
 }

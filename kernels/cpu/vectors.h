@@ -170,12 +170,11 @@ static inline void store_f16(_Float16 *p, vf v) {
 }
 static inline vf load_i8(const int8_t *p) { return to_float(wide_i8(p)); }
 // The exponent and mantissa of e4m3 in the place of a float's are the value times 2^-120.
-static inline vf load_e4m3(const uint8_t *p) {
-    vu bits = wide_u8(p);
-    return (vf)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f;
-}
+static inline vf from_e4m3(vu bits) { return (vf)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * 0x1p120f; }
+static inline vf load_e4m3(const uint8_t *p) { return from_e4m3(wide_u8(p)); }
+static inline vf from_nibbles(vu bits) { return to_float((vi)(bits & 15)) - 7.5f; }
 // The lower (shift 0) or upper (4) halves of LANES bytes, minus 7.5.
-static inline vf load_nibbles(const uint8_t *p, int shift) { return to_float((vi)(wide_u8(p) >> shift & 15)) - 7.5f; }
+static inline vf load_nibbles(const uint8_t *p, int shift) { return from_nibbles(wide_u8(p) >> shift); }
 static inline float from_f16(_Float16 h) { return (float)h; }
 static inline _Float16 to_f16(float f) { return (_Float16)f; }
 static inline float same(float f) { return f; }
