@@ -7,8 +7,9 @@
 #include "vectors.h"
 
 // Positions are read by the block, which is 64 whatever the cache's own block size, and summed up by the chunk.
-// Query rows of an item: as many as keys and values can be kept for at once, in vectors and on the matrix unit.
-enum { BLOCK = 64, CHUNK = 512, MAX_DIM = 256, SOME_ROWS = 32, MAX_ROWS = 128 };
+// Query rows of an item: at most, in vectors and on the matrix unit, as they share the reading of a block; and so few that
+// one is not cut smaller to keep threads busy.
+enum { BLOCK = 64, CHUNK = 512, MAX_DIM = 256, FLOAT_ROWS = 64, MAX_ROWS = 128, FEW_ROWS = 32 };
 
 struct attention {
     const void *q, *k, *v;             // k, v: [num_blocks, num_kv_heads, block_size, width]
@@ -28,11 +29,11 @@ struct attention {
 // The queries of an item, as the products want them.
 struct queries {
     _Alignas(64) union {
-        float floats[SOME_ROWS * MAX_DIM];  // [rows][channels]
+        float floats[FLOAT_ROWS * MAX_DIM];  // [rows][channels]
         uint32_t pairs[16 * MAX_DIM / 2];    // [channels / 2][4 or 16 rows][2], see amx.h
         uint16_t halves[MAX_ROWS * MAX_DIM];  // [rows][channels], see amx_wide.h
     };
-    float factor;  // from products to logits
+    float factor;  // from products to logits; `floats` have it in them
     int64_t rows;
     int32_t position[MAX_ROWS];  // of several queries of one row in their order; places beyond the last query repeat it
 };
@@ -44,7 +45,7 @@ struct state {
     float total[MAX_ROWS], top[MAX_ROWS];
 };
 
-static inline int64_t rows_at_once(const struct attention *a) { return a->tiles ? MAX_ROWS : SOME_ROWS; }
+static inline int64_t rows_at_once(const struct attention *a) { return a->tiles ? MAX_ROWS : FLOAT_ROWS; }
 
 static const double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
 

@@ -42,7 +42,7 @@ static int64_t queries_of(const struct item *it) {
 // Whether a row's results are joined from one for each chunk: it has few queries.
 static int is_parted(const struct attention *a, int64_t row, int64_t group) {
     int64_t queries = num_queries(a, row);
-    return queries * group <= SOME_ROWS && end_chunk(a, row, queries - 1) - first_chunk(a, row, 0) > 1;
+    return queries * group <= FEW_ROWS && end_chunk(a, row, queries - 1) - first_chunk(a, row, 0) > 1;
 }
 
 // Whether the single queries of a parted row and of the one before it see all of a chunk, in the same blocks.
@@ -63,7 +63,7 @@ static int plan(const struct attention *a, struct work *work) {
     int64_t group = 1, num_tokens = a->query_start[a->num_rows], most = a->num_rows + num_tokens, longest = 0;
     for (int64_t h = 0; h < a->num_kv_heads; h++) group = max64(group, a->first_head[h + 1] - a->first_head[h]);
     int64_t tile = max64(rows_at_once(a) / group, 1), neighbours = tile;
-    while (tile > 1 && tile * group > SOME_ROWS && num_tokens / tile * a->num_kv_heads < 4 * a->num_threads) tile /= 2;
+    while (tile > 1 && tile * group > FEW_ROWS && num_tokens / tile * a->num_kv_heads < 4 * a->num_threads) tile /= 2;
     for (int64_t r = 0; r < a->num_rows; r++) {
         most += a->context_lens[r] / CHUNK + 1;
         longest = max64(longest, a->context_lens[r] / CHUNK + 1);

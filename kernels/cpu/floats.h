@@ -60,8 +60,8 @@ static void weigh_rows(const struct attention *a, const struct queries *q, const
 
 // Queries meet the keys and values of positions begin .. end - 1, all in one block.
 static void meet_floats(const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, const struct queries *q, struct ahead *ahead, struct state *s) {
-    _Alignas(64) float k[MAX_DIM * BLOCK], v[BLOCK * MAX_DIM], p[SOME_ROWS * BLOCK];
-    float fade[SOME_ROWS];
+    _Alignas(64) float k[MAX_DIM * BLOCK], v[BLOCK * MAX_DIM], p[FLOAT_ROWS * BLOCK];
+    float fade[FLOAT_ROWS];
     struct scales scales;
     int64_t padded = a->vectors * LANES;
     if (a->k_scale) read_scales(a, row, kv_head, begin, end, 1, 1, &scales);

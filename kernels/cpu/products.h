@@ -30,7 +30,7 @@
 DEFINE_ROWS(1)
 DEFINE_ROWS(2)
 DEFINE_ROWS(3)
-#if LANES == 16  // of 32 registers, the sums of six rows take 24, their numbers 6 and b 1
+#if LANES == 16  // 24 sums, 6 numbers of x and one of b are 31 of 32 registers; else 12, 3 and one are 16
 DEFINE_ROWS(4)
 DEFINE_ROWS(5)
 DEFINE_ROWS(6)

@@ -1,9 +1,11 @@
-// A block of stored keys, of any format, as floats with the positions side by side.
+// A block of stored keys, of any format, as floats with the positions side by side: so a lane has a logit of its own, and
+// a logit is one sum over the channels for any number of queries.
 
 #pragma once
 #include "cache_rows.h"
 
-// Four words of LANES rows, those of four neighbours to be turned in a quarter of 16 lanes: x[r] has rows r, r + 4, ...
+// Four words of LANES rows: x[r] has those of rows r, r + 4, ... A piece put in its place as it is loaded is cheaper than a
+// shuffle later.
 static inline __attribute__((always_inline)) void load_fours(const uint8_t *p, int64_t stride, vf x[4]) {
     _Pragma("GCC unroll 4") for (int r = 0; r < 4; r++, p += stride) {
 #if LANES == 16
@@ -20,12 +22,12 @@ static inline __attribute__((always_inline)) void load_fours(const uint8_t *p, i
     }
 }
 
-// Takes numbers of a and b in turn, of the lower or the upper half of each four.
+// Numbers of a and b in turn, of the lower or the upper half of each four.
 static inline vf deal(vf a, vf b, int upper) {
     vi lane = lanes();
     return __builtin_shuffle(a, b, (lane & -4) + (lane & 3) / 2 + (lane & 1) * LANES + 2 * upper);
 }
-// Words c of all rows, in their order, are x[c].
+// Then x[i] has word i of each row, in their order.
 static inline __attribute__((always_inline)) void turn_fours(vf x[4]) {
     vf even = deal(x[0], x[2], 0), odd = deal(x[1], x[3], 0), even2 = deal(x[0], x[2], 1), odd2 = deal(x[1], x[3], 1);
     x[0] = deal(even, odd, 0);
@@ -71,8 +73,9 @@ static inline __attribute__((always_inline)) void turn_all(int64_t format, const
     }
 }
 
-// Where the stored rows of positions first .. first + LANES - 1 are one behind the other. Those that are not within begin ..
-// end - 1 are zero; rows that are not in whole fours of words are copied, as what is behind the last is read too.
+// Where the stored rows of positions first .. first + LANES - 1 are one behind the other: in the cache or, those outside
+// begin .. end - 1 as zeros, in a copy. What is behind a row that does not fill its last four words is read too, so the
+// last row of the cache may not be such a one.
 static const uint8_t *rows_together(
     const struct attention *a, int64_t row, int64_t kv_head, int64_t first, int64_t begin, int64_t end, uint8_t *copy
 ) {
@@ -88,8 +91,8 @@ static const uint8_t *rows_together(
     return copy;
 }
 
-// Keys of positions begin .. end - 1 of a row, all in one block, as [channels][BLOCK] in their places; the others are the
-// same finite number.
+// Keys of positions begin .. end - 1 of a row, all in one block, as [channels][BLOCK], in their places; the others, which no
+// query sees, are made of zeros.
 static void read_keys(const struct attention *a, int64_t row, int64_t kv_head, int64_t begin, int64_t end, float *out) {
     uint8_t copy[LANES * MAX_DIM * 4 + FOUR_WORDS];
     for (int64_t j = 0, start = begin / BLOCK * BLOCK; j < BLOCK; j += LANES, out += LANES) {
