@@ -30,6 +30,7 @@ SHAPES = {
         "window": 21,
         "q_per_kv": (2, 1),
     },
+    "window longer than a block": {"query_lens": (1, 70), "context_lens": (200, 140), "window": 70},
     "window longer than all": {"query_lens": (1, 4), "context_lens": (40, 20), "window": 1000},
     "soft cap": {"query_lens": (1, 6), "context_lens": (70, 20), "q_per_kv": (2, 1), "soft_cap": 1.5},
     "sinks": {"query_lens": (1, 6, 1), "context_lens": (70, 20, 1), "q_per_kv": (2, 1), "with_sinks": True},
