@@ -152,7 +152,7 @@ class AttentionMetadata:
         them are rewritten. The host does not wait.
 
         context_lens  [R] int32 on the host, none longer than when built
-        block_tables  [R, max_blocks] int32 on the device, no wider than when built
+        block_tables  [up to R, max_blocks] int32 on the device, no wider than when built; rows past them keep theirs
         """
         context_lens = np.ascontiguousarray(context_lens, dtype=np.int32)
         assert context_lens.shape == self.context_lens_host.shape, f"{len(context_lens)} rows"
@@ -164,7 +164,8 @@ class AttentionMetadata:
         )
         self.context_lens_host = context_lens
         self.context_lens.copy_(to_device(context_lens, self.context_lens.device))
-        self.block_tables[:, : block_tables.shape[1]].copy_(block_tables)
+        num_rows, num_blocks = block_tables.shape
+        self.block_tables[:num_rows, :num_blocks].copy_(block_tables)
         for plan, refill in self._prepared.values():
             if refill is not None:
                 refill(plan)

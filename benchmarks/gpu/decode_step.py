@@ -6,8 +6,9 @@ roofline, which is the bytes of the weights and of the cached keys and values at
     benchmarks/gpu/run.sh decode_step
 
 Both are kvshard's own Decoder over one rank. A step is all from the lengths that the host knows to the token ids that
-feed the next step on the device. The graph of a bucket of rows is captured once, for contexts up to a limit; each
-step rewrites lengths, block tables and work list in place and replays it, also for fewer rows than the bucket has.
+feed the next step on the device. Graphs are those of the shard (runtime/shard/captured_steps.py): one for a bucket of rows,
+of the layers; each step rewrites lengths, block tables and work list in place and replays it, also for fewer rows than the
+bucket has.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.models.parameters import local_parameters
 from kvshard.runtime.models.spec import ModelSpec, RotarySpec
+from kvshard.runtime.shard.captured_steps import MAX_CONTEXT, CapturedSteps, GraphPool, Step
 from kvshard.runtime.shard.decoder import Decoder
 from kvshard.runtime.shard.kv_cache import KVCache
 from kvshard.runtime.shard.slots import StepInputs
 
 BLOCK_SIZE = 16
 GROWTH = 64  # steps for which rows have blocks
-NO_SLOT = -1
+LONG = MAX_CONTEXT - GROWTH  # the longest context whose steps are replayed
 
 
 def model_spec(dry: bool) -> ModelSpec:
@@ -61,7 +63,7 @@ def shapes(dry: bool) -> list[tuple[int, int, int]]:
     """Rows, rows of the bucket, context."""
     if dry:
         return [(1, 1, 20), (3, 4, 40)]
-    return [(1, 1, 1024), (1, 1, 4096), (32, 32, 1024), (32, 32, 4096), (27, 32, 4096)]
+    return [(1, 1, 1024), (1, 1, LONG), (32, 32, 1024), (32, 32, LONG), (27, 32, LONG)]
 
 
 def name_of(rows: int, bucket: int, context: int) -> str:
@@ -115,16 +117,18 @@ class Model:
         return weight.normal_(1.0, 0.1) if len(shape) == 1 else weight.normal_(0.0, 0.02)
 
 
-class Eager:
-    """Steps that are laid out anew each time. tokens [rows] int64: in, and the next ones after a step."""
+class Decoding:
+    """Steps of some rows from a context on. tokens [rows] int64: in, and the next ones after a step."""
 
-    def __init__(self, model: Model, rows: int, context: int) -> None:
-        self.model, self.rows, self.context = model, rows, context
+    def __init__(
+        self, model: Model, rows: int, context: int, forward: Callable[[StepInputs], Tensor]
+    ) -> None:
+        self.model, self.rows, self.context, self.forward = model, rows, context, forward
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
 
     def __call__(self, step: int) -> Tensor:
-        inputs, decoder = self.inputs(step), self.model.decoder
-        logits = decoder.logits(decoder.forward(inputs, self.model.cache)[inputs.sample_tokens])
+        inputs = self.inputs(step)
+        logits = self.model.decoder.logits(self.forward(inputs)[inputs.sample_tokens])
         torch.argmax(logits, dim=1, out=self.tokens)
         return logits
 
@@ -142,100 +146,44 @@ class Eager:
         return StepInputs(self.tokens, position, (place,), (meta,), last, nobody, nobody.astype(np.int64))
 
 
-class Captured:
-    """The step of a bucket of rows, captured once; every value that changes lies in a buffer of its own.
+def captured_steps(model: Model, max_rows: int) -> CapturedSteps:
+    """On a CPU, which has no graphs, a replay is a call of what would have been captured."""
 
-    Rows past those of a step are idle: one position of block 0, which no row owns, and no place in the cache. On a
-    CPU, which has no graphs, a replay is a call of what would have been captured.
-    """
+    def same_call(step: Step) -> Step:
+        step()
+        return step
 
-    def __init__(self, model: Model, bucket: int) -> None:
-        self.model = model
-        device = model.device
-        self.tokens, self.position = (torch.zeros(bucket, dtype=torch.int64, device=device) for _ in "tp")
-        self.slots = torch.full((bucket,), NO_SLOT, dtype=torch.int64, device=device)
-        tables = torch.zeros(bucket, model.blocks_per_row, dtype=torch.int32, device=device)
-        ones = np.ones(bucket, np.int32)
-        longest = np.full(bucket, model.max_context, np.int32)
-        self.meta = ops.AttentionMetadata.build(ones, longest, tables, BLOCK_SIZE, device)
-        nobody = np.zeros(0, np.int32)
-        last = torch.arange(bucket, device=device)
-        self.inputs = StepInputs(
-            self.tokens, self.position, (self.slots,), (self.meta,), last, nobody, nobody.astype(np.int64)
-        )
-        self._replay = self._capture()
-
-    def start(self, rows: int, context: int) -> Run:
-        """Steps of that many rows from that context on."""
-        model = self.model
-        bucket = len(self.tokens)
-        self.tokens.zero_()
-
-        def run(step: int) -> Tensor:
-            length = context + step % GROWTH + 1
-            lens = np.ones(bucket, np.int32)
-            lens[:rows] = length
-            tables = model.tables[:rows, : -(-length // BLOCK_SIZE)]
-            self.meta.refill(lens, self._padded(tables))
-            self.position[:rows] = length - 1
-            self.slots[:rows] = (
-                tables[:, (length - 1) // BLOCK_SIZE].long() * BLOCK_SIZE + (length - 1) % BLOCK_SIZE
-            )
-            self.slots[rows:] = NO_SLOT
-            return self._replay()[:rows]
-
-        return run
-
-    def _padded(self, tables: Tensor) -> Tensor:
-        idle = len(self.tokens) - len(tables)
-        return torch.cat((tables, tables.new_zeros(idle, tables.shape[1]))) if idle else tables
-
-    def _step(self) -> Tensor:
-        decoder = self.model.decoder
-        logits = decoder.logits(decoder.forward(self.inputs, self.model.cache)[self.inputs.sample_tokens])
-        torch.argmax(logits, dim=1, out=self.tokens)
-        return logits
-
-    def _capture(self) -> Callable[[], Tensor]:
-        if self.model.dry:
-            self._step()  # as below: the plans are made for the longest contexts
-            return self._step
-        # Kernels are compiled and attention is planned before the capture, on a stream of their own as torch asks.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+    return CapturedSteps(
+        model.decoder,
+        model.cache,
+        num_groups=1,
+        max_num_seqs=max_rows,
+        max_model_len=model.max_context,
+        block_size=BLOCK_SIZE,
+        capture=same_call if model.dry else GraphPool().capture,
+    )
 
 
+@torch.inference_mode()
 def body(part: Part) -> None:
     model = Model(part)
-    graphs: dict[int, Captured] = {}
+    steps = captured_steps(model, max(bucket for _, bucket, _ in shapes(part.dry)))
+
+    def as_they_come(inputs: StepInputs) -> Tensor:
+        return model.decoder.forward(inputs, model.cache)
+
     for rows, bucket, context in shapes(part.dry):
         case = name_of(rows, bucket, context)
         copy, copied = copy_of(part)
 
         def eager(rows: int = rows, context: int = context) -> Run:
-            return Eager(model, rows, context)
+            return Decoding(model, rows, context, as_they_come)
 
         def graph(rows: int = rows, bucket: int = bucket, context: int = context) -> Run:
-            if bucket not in graphs:
-                graphs[bucket] = Captured(model, bucket)
-            run = graphs[bucket].start(rows, context)
-            logits = run(0).clone()
-            error = check(logits, Eager(model, rows, context)(0), 0.05)
+            run = Decoding(model, rows, context, steps.forward)
+            error = check(run(0).clone(), eager(rows, context)(0), 0.05)
             part.rows[name_of(rows, bucket, context), "graph"].remark = f"logits {error:.1e} from eager"
-            return graphs[bucket].start(rows, context)
+            return Decoding(model, rows, context, steps.forward)
 
         moved = model.bytes_of_step(rows, context)
         makers = {"copy": copy, "eager": eager, "graph": graph}

@@ -15,7 +15,7 @@ Per shard, in bytes:
       seen        = max_num_seqs * min(vocabulary rows, 2 * longest request) * 28     tokens to penalise, and room for it
       rotary      = longest request * 2 * sum of rotary_dim * 4       cos and sin, float32, of every kind of layer
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
-                    there are more shards; CPU: 256 MiB, and 64 MiB with `quantization` (matrices widened for long steps)
+                    there are more shards, 512 MiB with `cuda_graphs`; CPU: 256 MiB, and 64 MiB with `quantization` (matrices widened for long steps)
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
 `memory_fraction * memory` after weights and reserve holds the blocks; the smallest num_blocks over the ranks counts for all.
@@ -207,7 +207,7 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     seen = scheduler.max_num_seqs * min(vocab_rows, 2 * longest) * 28
     rotary = longest * 2 * sum(rotary.rotary_dim for rotary in spec.rotaries) * 4
     if device_kind == "cuda":
-        runtime = 1024 if shard_map.world_size == 1 else 1536
+        runtime = 1024 + 512 * (shard_map.world_size > 1) + 512 * config.cuda_graphs
     else:
         runtime = 256 if config.quantization == "none" else 320
     return activations + logits + seen + rotary + runtime * _MIB

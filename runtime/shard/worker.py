@@ -16,7 +16,9 @@ from ..config import JobConfig
 from ..coordinator.limits import Limits
 from ..coordinator.logprobs import LogprobTable
 from ..coordinator.plan import NO_TOKEN, Int32, StepPlan, StepResult, Targets
+from ..errors import ConfigError
 from ..models.checkpoint import Checkpoint
+from .captured_steps import CapturedSteps, GraphPool
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .logprobs import LogprobTensors
@@ -79,18 +81,38 @@ class Worker:
             block_size=cache.block_size,
             device=self.device,
         )
-        self._steps = RecordedSteps(
+        self._steps = self._make_steps(len(groups))
+        self._sampler = Sampler(
+            self.group, self.shard.vocab_rows, self.spec.vocab_size, scheduler.max_num_seqs, self.device
+        )
+
+    def _make_steps(self, num_groups: int) -> CapturedSteps | RecordedSteps:
+        """How the decoder runs: without Python or a launch for each operation where that can be."""
+        scheduler, block_size = self._config.scheduler, self._config.cache.block_size
+        if self.device.type == "cuda" and self._config.cuda_graphs and self.group.capturable:
+            try:
+                return CapturedSteps(
+                    self.decoder,
+                    self.cache,
+                    num_groups=num_groups,
+                    max_num_seqs=scheduler.max_num_seqs,
+                    max_model_len=self._max_model_len,
+                    block_size=block_size,
+                    capture=GraphPool().capture,
+                )
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"decode steps could not be captured as CUDA graphs ({error}); set cuda_graphs: false"
+                ) from error
+        return RecordedSteps(
             self.decoder,
             self.cache,
             self.group,
-            num_groups=len(groups),
+            num_groups=num_groups,
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_model_len=self._max_model_len,
-            block_size=cache.block_size,
-        )
-        self._sampler = Sampler(
-            self.group, self.shard.vocab_rows, self.spec.vocab_size, scheduler.max_num_seqs, self.device
+            block_size=block_size,
         )
 
     @torch.inference_mode()
