@@ -55,11 +55,6 @@ class Group:
         transport = self._transport
         return transport is None or (isinstance(transport, SharedMemoryTransport) and transport.playable)
 
-    @property
-    def capturable(self) -> bool:
-        """Whether its collectives are queued on the device's stream, and so can be part of a CUDA graph."""
-        return self.backend in ("single", "nccl")
-
     @classmethod
     def single(cls, device: torch.device | str) -> Group:
         """The group of a model that is not sharded."""

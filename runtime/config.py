@@ -156,7 +156,7 @@ class JobConfig(_Section):
         "and a scale for each 32 channels (int4: 8 bits in the embedding and LM head); keep: the Q8_0, Q4_0 and Q4_1 blocks "
         "of a GGUF file as they are",
     )
-    cuda_graphs: bool = Field(True, description="replay decode steps on GPUs, not launch each kernel")
+    cuda_graphs: bool = Field(True, description="one shard on a GPU: replay steps without prompts")
     seed: int = Field(0, ge=0, lt=2**63, description="for rows that bring no seed of their own")
     cache: CacheConfig = Field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

@@ -25,14 +25,13 @@ from kvshard.parallel.group import Group
 from kvshard.parallel.shard_map import ShardMap
 from kvshard.runtime.models.parameters import local_parameters
 from kvshard.runtime.models.spec import ModelSpec, RotarySpec
-from kvshard.runtime.shard.captured_steps import MAX_CONTEXT, CapturedSteps, GraphPool, Step
+from kvshard.runtime.shard.captured_steps import CapturedSteps, GraphPool, Step
 from kvshard.runtime.shard.decoder import Decoder
 from kvshard.runtime.shard.kv_cache import KVCache
 from kvshard.runtime.shard.slots import StepInputs
 
 BLOCK_SIZE = 16
 GROWTH = 64  # steps for which rows have blocks
-LONG = MAX_CONTEXT - GROWTH  # the longest context whose steps are replayed
 
 
 def model_spec(dry: bool) -> ModelSpec:
@@ -63,7 +62,7 @@ def shapes(dry: bool) -> list[tuple[int, int, int]]:
     """Rows, rows of the bucket, context."""
     if dry:
         return [(1, 1, 20), (3, 4, 40)]
-    return [(1, 1, 1024), (1, 1, LONG), (32, 32, 1024), (32, 32, LONG), (27, 32, LONG)]
+    return [(1, 1, 1024), (1, 1, 4096), (32, 32, 1024), (32, 32, 4096), (27, 32, 4096)]
 
 
 def name_of(rows: int, bucket: int, context: int) -> str:

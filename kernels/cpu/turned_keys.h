@@ -74,8 +74,8 @@ static inline __attribute__((always_inline)) void turn_all(int64_t format, const
 }
 
 // Where the stored rows of positions first .. first + LANES - 1 are one behind the other: in the cache or, those outside
-// begin .. end - 1 as zeros, in a copy. What is behind a row that does not fill its last four words is read too, so the
-// last row of the cache may not be such a one.
+// begin .. end - 1 as zeros, in a copy. So are rows that do not fill their last four words: what is behind them is read too,
+// and behind the cache's last row there is nothing.
 static const uint8_t *rows_together(
     const struct attention *a, int64_t row, int64_t kv_head, int64_t first, int64_t begin, int64_t end, uint8_t *copy
 ) {

@@ -8,14 +8,16 @@ Per shard, in bytes:
                 (max_num_seqs + max(max_num_seqs // 8, 1)) * (ceil(window / block_size) + 1)
                   + ceil(max_num_batched_tokens / block_size) + 1      without prefix caching max_num_seqs alone
       row         = head_dim * dtype; with cache.dtype int8 or fp8 head_dim + 2, with int4 head_dim / 2 + 2: codes and scale
-    reserve   = activations + logits + seen + rotary tables + runtime                     (stated, not measured)
+    reserve   = activations + graphs + logits + seen + rotary tables + runtime            (stated, not measured)
       activations = max_num_batched_tokens * dtype * (4 * hidden + 2 * (q + 2 kv) * head_dim + 3 * MLP columns)
+      graphs      = one shard on CUDA with `cuda_graphs`: max_num_seqs * dtype * (the same) + attention's partial results,
+                    (2,048 + max_num_seqs) * KV heads * max(16, 2 * query heads of each) * head_dim * 4
       logits      = max_num_seqs * vocabulary rows * (dtype + 34)     raw, float32 copies, room for sampling in torch; 6 of
                     it are counts and masks of penalties and allowed tokens, made when the first request asks for them
       seen        = max_num_seqs * min(vocabulary rows, 2 * longest request) * 28     tokens to penalise, and room for it
       rotary      = longest request * 2 * sum of rotary_dim * 4       cos and sin, float32, of every kind of layer
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
-                    there are more shards, 512 MiB with `cuda_graphs`; CPU: 256 MiB, and 64 MiB with `quantization` (matrices widened for long steps)
+                    there are more shards; CPU: 256 MiB, and 64 MiB with `quantization` (matrices widened for long steps)
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
 `memory_fraction * memory` after weights and reserve holds the blocks; the smallest num_blocks over the ranks counts for all.
@@ -36,6 +38,7 @@ from .cache_size import DTYPE_BYTES, cache_row_bytes, choose_num_blocks, fitting
 
 DeviceKind = Literal["cpu", "cuda"]
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
+GRAPH_CHUNKS = 2048  # of 512 positions of all rows: what graphs are planned for, or for one of each row
 
 _MIB = 2**20
 
@@ -202,15 +205,20 @@ def reserve_bytes(config: JobConfig, spec: ModelSpec, shard_map: ShardMap, devic
     vocab_rows = max(len(shard.vocab_rows) for shard in shard_map.shards)
     token_elements = 4 * spec.hidden_size + 2 * qkv_heads * spec.head_dim + 3 * mlp_columns
     activations = scheduler.max_num_batched_tokens * token_elements * dtype_bytes
+    graphs = 0
+    if device_kind == "cuda" and config.cuda_graphs and shard_map.world_size == 1:
+        partials = (GRAPH_CHUNKS + scheduler.max_num_seqs) * spec.num_kv_heads * spec.head_dim
+        tile_rows = max(16, 2 * spec.num_q_heads // spec.num_kv_heads)
+        graphs = scheduler.max_num_seqs * token_elements * dtype_bytes + partials * tile_rows * 4
     logits = scheduler.max_num_seqs * vocab_rows * (dtype_bytes + 34)
     longest = scheduler.max_model_len or spec.max_position_embeddings
     seen = scheduler.max_num_seqs * min(vocab_rows, 2 * longest) * 28
     rotary = longest * 2 * sum(rotary.rotary_dim for rotary in spec.rotaries) * 4
     if device_kind == "cuda":
-        runtime = 1024 + 512 * (shard_map.world_size > 1) + 512 * config.cuda_graphs
+        runtime = 1024 if shard_map.world_size == 1 else 1536
     else:
         runtime = 256 if config.quantization == "none" else 320
-    return activations + logits + seen + rotary + runtime * _MIB
+    return activations + graphs + logits + seen + rotary + runtime * _MIB
 
 
 def _per_rank(memory: int | Sequence[int] | None, world_size: int) -> list[int | None]:

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.ops import AttentionMetadata
+from ..observe.memory_plan import GRAPH_CHUNKS
 from .decoder import Decoder
 from .kv_cache import KVCache
 from .slots import StepInputs
 
-# Tokens of a row up to which its steps are replayed. A graph has a program for each chunk that a row may have, and with longer
-# rows most of them would find nothing to do, while launches are a small part of such a step.
-MAX_CONTEXT = 4096
-_CHUNK = 512  # whole chunks of any attention tile (kernels/tiles.py)
+CHUNK = 512  # tokens: whole chunks of any attention tile (kernels/tiles.py)
 _NO_SLOT = -1  # of a token that is not stored
 
 Step = Callable[[], Tensor]
@@ -25,18 +23,20 @@ class GraphPool:
 
     def __init__(self) -> None:
         self._handle = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # one for all: cuBLAS keeps a work space for each
 
     def capture(self, step: Step) -> Step:
         """What replays the kernels that `step` launches, on the same addresses. Raises RuntimeError."""
-        # Kernels are compiled and attention is planned before the capture, on a stream of their own as torch asks.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Before the capture kernels are compiled and attention is planned.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, as NCCL's, may ask the device something meanwhile.
-        with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
+        # Other threads may ask the device something meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._handle, stream=self._stream, capture_error_mode="thread_local"
+        ):
             result = step()
 
         def replay() -> Tensor:
@@ -47,10 +47,12 @@ class GraphPool:
 
 
 class CapturedSteps:
-    """Runs the decoder. Steps with one new token a row are replays of the graph of the next larger bucket of rows, whose
-    other rows are idle; steps with prompts, and with rows longer than `MAX_CONTEXT`, run as they come.
+    """Runs the decoder of a model that is not sharded. Steps with one new token a row are replays of the graph of the next
+    larger bucket of rows, whose other rows are idle; steps with a prompt, or with a row longer than the bucket was planned
+    for, run as they come.
 
-    All ranks capture at the same time, the largest bucket first, so that the smaller ones find their memory in its own.
+    With several shards nothing is captured: a NCCL communicator waits, when it is aborted, for the end of all graphs that
+    have its collectives in them, and a shard that is to leave would hang.
     """
 
     def __init__(
@@ -67,21 +69,21 @@ class CapturedSteps:
         """Raises RuntimeError when a step cannot be captured."""
         self._decoder = decoder
         self._cache = cache
-        self._max_context = min(max_model_len, MAX_CONTEXT)
         device = cache.layers[0].k.device
         with torch.inference_mode():
+            # The largest first: the smaller ones find their memory in its own.
             self._buckets = [
-                _Bucket(decoder, cache, num_rows, num_groups, self._max_context, block_size, device, capture)
+                _Bucket(decoder, cache, num_rows, num_groups, max_model_len, block_size, device, capture)
                 for num_rows in reversed(buckets(max_num_seqs))
             ][::-1]
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `Decoder.forward`; what it returned last may change."""
         meta = inputs.attention[0]
-        if meta.max_query_len > 1 or meta.max_context_len > self._max_context:
-            return self._decoder.forward(inputs, self._cache)
         num_rows = len(meta.context_lens_host)
         bucket = next(bucket for bucket in self._buckets if bucket.num_rows >= num_rows)
+        if meta.max_query_len > 1 or meta.max_context_len > bucket.max_context:
+            return self._decoder.forward(inputs, self._cache)
         return bucket.replay(inputs)
 
 
@@ -92,10 +94,18 @@ def buckets(max_num_seqs: int) -> list[int]:
     )
 
 
+def max_context(num_rows: int, max_model_len: int) -> int:
+    """Tokens of the longest row that a bucket of so many is planned for: 16 rows for 65,536, 256 rows for 4,096.
+
+    A graph has a program for each chunk that its rows may have, and memory for what each finds.
+    """
+    return min(max_model_len, max(GRAPH_CHUNKS // num_rows, 1) * CHUNK)
+
+
 def planned_context(max_context: int) -> int:
-    """Tokens of the rows that attention is planned for: up to the first of a chunk, from which a window reaches back into as
-    many chunks as from anywhere."""
-    return -(-max_context // _CHUNK) * _CHUNK + 1
+    """Tokens of the rows that attention is planned with: up to the first of a chunk, from which a window reaches back into
+    as many chunks as from anywhere."""
+    return -(-max_context // CHUNK) * CHUNK + 1
 
 
 class _Bucket:
@@ -107,13 +117,14 @@ class _Bucket:
         cache: KVCache,
         num_rows: int,
         num_groups: int,
-        max_context: int,
+        max_model_len: int,
         block_size: int,
         device: torch.device,
         capture: Callable[[Step], Step],
     ) -> None:
         self.num_rows = num_rows
-        longest = planned_context(max_context)
+        self.max_context = max_context(num_rows, max_model_len)
+        longest = planned_context(self.max_context)
         tables = torch.zeros(
             num_groups, num_rows, -(-longest // block_size), dtype=torch.int32, device=device
         )
@@ -143,7 +154,8 @@ class _Bucket:
         own = self._inputs
         own.token_ids[:num_rows] = inputs.token_ids
         own.positions[:num_rows] = inputs.positions
-        # Idle rows see one position, of whatever block their table had last, and store nothing.
+        # Idle rows store nothing, and see one position of whatever block their table had last, or of block 0, which nobody
+        # has written to: rows do not mix, and what comes of it is cut off.
         context_lens = np.ones(self.num_rows, np.int32)
         context_lens[:num_rows] = inputs.attention[0].context_lens_host
         for kept, slots in zip(own.slot_mappings, inputs.slot_mappings, strict=True):

@@ -89,7 +89,7 @@ class Worker:
     def _make_steps(self, num_groups: int) -> CapturedSteps | RecordedSteps:
         """How the decoder runs: without Python or a launch for each operation where that can be."""
         scheduler, block_size = self._config.scheduler, self._config.cache.block_size
-        if self.device.type == "cuda" and self._config.cuda_graphs and self.group.capturable:
+        if self.device.type == "cuda" and self._config.cuda_graphs and self.group.world_size == 1:
             try:
                 return CapturedSteps(
                     self.decoder,

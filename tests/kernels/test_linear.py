@@ -101,7 +101,7 @@ def test_a_token_has_the_same_bits_in_any_batch(
 ) -> None:
     if packed and not is_packed(dtype):
         pytest.skip("this processor packs none of these")
-    tokens = 250 if packed else IN_C  # threads turn blocks of them side by side
+    tokens = 500 if packed else IN_C  # threads turn blocks of them side by side
     w, x = numbers(83, width, seed=1, dtype=dtype), numbers(tokens, width, seed=3, dtype=dtype) / 4
     weight = LinearWeight.take(w.clone()) if packed else LinearWeight(w)
     whole = linear(x, weight, dtype=torch.float32)

@@ -15,13 +15,21 @@ from torch import Tensor
 from kvshard.parallel.group import Group
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.shard import captured_steps
-from kvshard.runtime.shard.captured_steps import CapturedSteps, GraphPool, Step, buckets, planned_context
+from kvshard.runtime.shard.captured_steps import (
+    CapturedSteps,
+    GraphPool,
+    Step,
+    buckets,
+    max_context,
+    planned_context,
+)
 from kvshard.runtime.shard.recorded_steps import RecordedSteps
 from kvshard.runtime.shard.worker import Worker
 
-# Rows of each step: prompts, then buckets of 8, 4, 2 and 1, some with idle rows, and back; once a row brings two tokens.
-STEPS = [(0, 1, 2, 3, 4), (0, 2, 3), (1, 4), (3,), (0, 1, 2, 3, 4), (4, 0, 2, 1), (1, 3, 4)]
+# Rows of each step: prompts, then buckets of 4, 2 and 1, some with idle rows; a row that brings two tokens; and 4, 4 and 8.
+STEPS = [(0, 1, 2, 3, 4), (0, 2, 3), (1, 4), (3,), (0, 1, 2, 3, 4), (4, 0, 2, 1), (1, 3, 4), (2, 0, 1, 4, 3)]
 TWO_TOKENS = 4  # the step in which the first row has two
+BUCKETS = [4, 2, 1, 4, 4, 8]
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +92,13 @@ def test_logits_are_those_of_steps_as_they_come(
         path = tmp_path / name
         make_family_model(name).save_pretrained(path)
     expected = as_they_come(path, cache_dtype)
-    worker = make_worker(path, Group.single("cpu"), cache_dtype=cache_dtype)
-    worker.cache.fill(
-        0.0
-    )  # idle rows see a block that may be anybody's, never one that is not written at all
+    worker = make_worker(path, Group.single("cpu"), cache_dtype=cache_dtype)  # NaN where nothing is written
     steps = capture(worker)
     replay = captured_steps._Bucket.replay
     with mock.patch.object(captured_steps._Bucket, "replay", autospec=True, side_effect=replay) as replayed:
         got = run(worker, steps)
-    assert [call.args[0].num_rows for call in replayed.call_args_list] == [4, 2, 1, 4, 4]
+    assert [call.args[0].num_rows for call in replayed.call_args_list] == BUCKETS
+    assert all(x.isfinite().all() for x in got)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
@@ -101,7 +107,6 @@ def test_each_input_counts(forgotten: str, llama: Path) -> None:
     """A replay reads what the step has written to each tensor."""
     expected = as_they_come(llama)
     worker = make_worker(llama, Group.single("cpu"))
-    worker.cache.fill(0.0)
     steps = capture(worker)
     for bucket in steps._buckets:
         inputs, meta = bucket._inputs, bucket._inputs.attention[0]
@@ -134,9 +139,8 @@ def test_idle_rows_store_nothing(llama: Path) -> None:
 
 
 def test_rows_too_long_run_as_they_come(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captured_steps, "MAX_CONTEXT", 4)
+    monkeypatch.setattr(captured_steps, "max_context", lambda num_rows, max_model_len: 4)
     worker = make_worker(llama, Group.single("cpu"))
-    worker.cache.fill(0.0)
     steps = capture(worker)
     replay = captured_steps._Bucket.replay
     with (
@@ -149,7 +153,9 @@ def test_rows_too_long_run_as_they_come(llama: Path, monkeypatch: pytest.MonkeyP
             assert replayed.call_count == count
 
 
-def test_windows_reach_into_as_many_chunks_as_were_planned() -> None:
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("longest", [1, 64, 511, 512, 513, 4096])
+def test_windows_reach_into_as_many_chunks_as_were_planned(longest: int, block_size: int) -> None:
     """The GPU's work lists are made once for the longest rows; with a window another length may need one more chunk."""
     pytest.importorskip("triton")
     from kvshard.kernels.metadata import AttentionMetadata
@@ -157,16 +163,23 @@ def test_windows_reach_into_as_many_chunks_as_were_planned() -> None:
     from kvshard.kernels.triton.plan import plan_work, refill_work
 
     tiles = attention_tiles(64, "auto", 2)
-    assert captured_steps._CHUNK % tiles.decode.chunk == 0
-    longest = planned_context(captured_steps.MAX_CONTEXT)
-    table = torch.zeros(2, -(-longest // 16), dtype=torch.int32)
+    chunk = tiles.decode.chunk
+    assert captured_steps.CHUNK % chunk == 0
+    planned = planned_context(longest)
+    table = torch.zeros(2, -(-planned // block_size), dtype=torch.int32)
     ones = np.ones(2, np.int32)
-    for window in (None, 1, 2, tiles.decode.chunk, tiles.decode.chunk + 1, 1000):
-        meta = AttentionMetadata.build(ones, np.full(2, longest, np.int32), table, 16, "cpu")
+    lengths = (1, 2, chunk - 1, chunk, chunk + 1, 2 * chunk, 3000, longest)
+    for window in (None, 1, 2, chunk, chunk + 1, 1000):
+        meta = AttentionMetadata.build(ones, np.full(2, planned, np.int32), table, block_size, "cpu")
         plans = plan_work(meta, tiles, 4, window)
-        for length in (1, 2, 255, 256, 257, 511, 512, 513, 3000, captured_steps.MAX_CONTEXT):
+        for length in filter(lambda length: length <= longest, lengths):
             meta.refill(np.array([length, 1], np.int32), table[:1])
             refill_work(plans, meta, tiles, 4, window)
+
+
+def test_many_rows_are_planned_for_fewer_chunks() -> None:
+    assert [max_context(rows, 131072) for rows in (1, 16, 256, 4096)] == [131072, 65536, 4096, 512]
+    assert max_context(16, 2048) == 2048
 
 
 def test_buckets() -> None:
@@ -174,6 +187,20 @@ def test_buckets() -> None:
     assert buckets(3) == [1, 2, 3]
     assert buckets(16) == [1, 2, 4, 8, 16]
     assert buckets(40) == [1, 2, 4, 8, 16, 32, 40]
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"), [({"cuda_graphs": False}, 1), ({}, 2)], ids=["switched off", "two shards"]
+)
+def test_where_nothing_is_captured(
+    changes: dict[str, bool], world_size: int, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(llama, Group.single("cpu"))
+    worker.device = torch.device("cuda")
+    worker.group.world_size = world_size
+    worker._config = worker._config.model_copy(update=changes)
+    monkeypatch.setattr(GraphPool, "__init__", lambda self: pytest.fail("something is captured"))
+    assert isinstance(worker._make_steps(1), RecordedSteps)
 
 
 def test_what_cannot_be_captured_names_the_setting(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
