@@ -65,7 +65,7 @@ def _library(*more_flags: str) -> ctypes.CDLL | None:
 
 @cache
 def _fast_in_torch(dtype: torch.dtype) -> bool:
-    """Whether torch's products of many tokens are fast: for 16 bits that takes AVX-512, else C is several times faster."""
+    """Whether torch's products of many tokens are fast: for 16 bits that takes at least AVX-512, else C is several times faster."""
     if dtype == torch.float32 or not torch.backends.mkldnn.is_available():
         return dtype == torch.float32
     asked = torch.ops.mkldnn
