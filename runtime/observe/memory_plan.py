@@ -34,11 +34,11 @@ from ..errors import ConfigError
 from ..models.parameters import weight_bytes
 from ..models.spec import ModelSpec
 from ..models.weight_formats import WeightFormats
+from ..shard.buckets import GRAPH_CHUNKS
 from .cache_size import DTYPE_BYTES, cache_row_bytes, choose_num_blocks, fitting_blocks
 
 DeviceKind = Literal["cpu", "cuda"]
 MIN_BLOCKS = 2  # block 0 is never allocated, so one block is left to use
-GRAPH_CHUNKS = 2048  # of 512 positions of all rows: what graphs are planned for, or for one of each row
 
 _MIB = 2**20
 

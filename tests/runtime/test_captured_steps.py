@@ -15,14 +15,8 @@ from torch import Tensor
 from kvshard.parallel.group import Group
 from kvshard.runtime.errors import ConfigError
 from kvshard.runtime.shard import captured_steps
-from kvshard.runtime.shard.captured_steps import (
-    CapturedSteps,
-    GraphPool,
-    Step,
-    buckets,
-    max_context,
-    planned_context,
-)
+from kvshard.runtime.shard.buckets import CHUNK, buckets, max_context, planned_context
+from kvshard.runtime.shard.captured_steps import CapturedSteps, GraphPool, Step
 from kvshard.runtime.shard.recorded_steps import RecordedSteps
 from kvshard.runtime.shard.worker import Worker
 
@@ -164,7 +158,7 @@ def test_windows_reach_into_as_many_chunks_as_were_planned(longest: int, block_s
 
     tiles = attention_tiles(64, "auto", 2)
     chunk = tiles.decode.chunk
-    assert captured_steps.CHUNK % chunk == 0
+    assert CHUNK % chunk == 0
     planned = planned_context(longest)
     table = torch.zeros(2, -(-planned // block_size), dtype=torch.int32)
     ones = np.ones(2, np.int32)
