@@ -6,13 +6,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 from jobs import command, environment, read_output, write_job
 from models_factory import make_llama, save_word_tokenizer
+from other_processes import Steady, num_sockets, segments, stop
 
 T = TypeVar("T")
 NUM_ROWS = 40
@@ -174,12 +174,7 @@ class RunningJob:
         assert not sockets.exists() or not list(sockets.iterdir())
         assert not [name for name in os.listdir("/dev/shm") if "kvshard" in name]
         if segment is not None:
-            assert not [p.pid for p in psutil.process_iter() if segment in _segments(p.pid)]
-
-    def stop(self, process: psutil.Process) -> None:
-        """SIGSTOP, and wait for it: one thread takes the signal, and the others run on until it has."""
-        process.suspend()
-        self.wait_for(lambda: _thread_states(process.pid) == {"T"}, "stopped process")
+            assert not [p.pid for p in psutil.process_iter() if segment in segments(p.pid)]
 
     def stop_before_attaching(self) -> str:
         """Stop the last of three shards between the creation of the shared segment and its attaching.
@@ -189,16 +184,16 @@ class RunningJob:
         segment when all others have said hello in the group's store.
         """
         first, second, last = self._hold_last_before_hello()
-        sockets = _num_sockets(second.pid)
-        self.wait_for(_Steady(second, sockets), "shard that waits for its start")
-        self.wait_for(_Steady(self._coordinator()), "coordinator that waits for the last shard")
-        self.stop(second)
+        sockets = num_sockets(second.pid)
+        self.wait_for(Steady(second, sockets), "shard that waits for its start")
+        self.wait_for(Steady(self._coordinator()), "coordinator that waits for the last shard")
+        stop(second)
         last.resume()
-        self.wait_for(_Steady(last, sockets + 1), "shard that has said hello in the group's store")
-        self.stop(last)
+        self.wait_for(Steady(last, sockets + 1), "shard that has said hello in the group's store")
+        stop(last)
         second.resume()
-        segment = self.wait_for(lambda: next(iter(_segments(first.pid)), None), "shared segment")
-        assert segment not in _segments(last.pid)
+        segment = self.wait_for(lambda: next(iter(segments(first.pid)), None), "shared segment")
+        assert segment not in segments(last.pid)
         return segment
 
     def _hold_last_before_hello(self) -> list[psutil.Process]:
@@ -206,20 +201,20 @@ class RunningJob:
         control = 2  # sockets of a shard on the control channel
         if self._launcher == "torchrun":
             shards = self.wait_for_shards()
-            self.wait_for(_Steady(shards[2], 1), "worker that waits for its job")
-            self.stop(shards[2])
-            self.wait_for(lambda: _num_sockets(shards[1].pid) == 1 + control, "connected shard")
+            self.wait_for(Steady(shards[2], 1), "worker that waits for its job")
+            stop(shards[2])
+            self.wait_for(lambda: num_sockets(shards[1].pid) == 1 + control, "connected shard")
             return shards
         # Forked shards are too quick for that. A coordinator that is stopped meanwhile hears no hello.
         driver = psutil.Process(self.process.pid)
         # It has handed out the jobs when it loads the tokenizer, and the nursery still imports torch for a while.
         maps = Path(f"/proc/{driver.pid}/maps")
         self.wait_for(lambda: "tokenizers" in maps.read_text(), "driver that loads the tokenizer")
-        self.stop(driver)
+        stop(driver)
         shards = self.wait_for_shards()
         for shard in shards[1:]:
-            self.wait_for(_Steady(shard, control), "connecting shard")
-        self.stop(shards[2])
+            self.wait_for(Steady(shard, control), "connecting shard")
+        stop(shards[2])
         driver.resume()
         return shards
 
@@ -249,48 +244,3 @@ class RunningJob:
             return sorted((p for n in nursery for p in n.children()), key=lambda p: (p.create_time(), p.pid))
         except (psutil.Error, KeyError):
             return []
-
-
-class _Steady:
-    """True once a process, with so many sockets if that is said, has only slept for a while: it waits."""
-
-    POLLS = 15
-
-    def __init__(self, process: psutil.Process, num_sockets: int | None = None) -> None:
-        self._process = process
-        self._num_sockets = num_sockets
-        self._seen = 0
-
-    def __call__(self) -> bool:
-        asleep = _thread_states(self._process.pid) == {"S"}
-        connected = self._num_sockets in (None, _num_sockets(self._process.pid))
-        self._seen = self._seen + 1 if asleep and connected else 0
-        return self._seen >= self.POLLS
-
-
-def _thread_states(pid: int) -> set[str]:
-    """S sleeping, R running or ready, T stopped, and others."""
-    states = set()
-    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(OSError):  # it has just ended
-            states.add(path.read_text().rpartition(")")[2].split()[0])
-    return states
-
-
-def _num_sockets(pid: int) -> int:
-    count = 0
-    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
-        with suppress(OSError):  # closed meanwhile
-            count += os.readlink(descriptor).startswith("socket:")
-    return count
-
-
-def _segments(pid: int) -> set[str]:
-    """Names of the shared segments that a process has mapped."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:  # it has ended
-        return set()
-    return {
-        line.partition("memfd:")[2].removesuffix(" (deleted)") for line in lines if "memfd:kvshard" in line
-    }

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from other_processes import stop
 from running_job import RunningJob, complete, write_long_job
 
 SIZE = 3
@@ -68,7 +69,7 @@ def test_a_hanging_shard_is_named_in_time(
     with RunningJob(job, launcher, SIZE, temp) as run:
         hanging = run.wait_for_shards()[1]
         run.wait_for_rows()
-        run.stop(hanging)
+        stop(hanging)
         run.wait_for(lambda: "shard 1 on " in run.log() or run.process.poll() is not None, "error", TOLD_S)
         if launcher == "torchrun":
             hanging.resume()  # torchrun itself waits 30 s for its workers before it kills them

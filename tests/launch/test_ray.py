@@ -10,6 +10,7 @@ import psutil
 import pytest
 import ray
 from jobs import run_job, write_job
+from other_processes import stop
 from ray.cluster_utils import Cluster
 from ray_cluster import free_port, running_cluster
 from running_job import make_tiny_model
@@ -96,7 +97,7 @@ def test_actors_answer_and_leave(model: Path) -> None:
         assert [answer["pid"] for answer in told] == [process.pid for process in processes]
         assert all(answer["running"] and answer["peak_memory_bytes"] > 1e6 for answer in told)
         assert not any(catches(process, signal.SIGTERM) for process in processes)
-        processes[1].suspend()  # nor does a shard that hangs keep the others from answering
+        stop(processes[1])  # nor does a shard that hangs keep the others from answering
         assert [h.rank for h in engine.executor.health()] == [0]
         processes[1].resume()
     assert not psutil.wait_procs(processes, WAIT_S)[1]
