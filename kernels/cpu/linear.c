@@ -108,7 +108,7 @@ int linear_packed(const struct linear *a) {
         const uint16_t *rows = (const uint16_t *)a->w + whole * size;
         if (a->codes.bits) {
             for (int64_t row = whole * CHUNK; row < a->n; row++)
-                widen_row_of(&a->codes, row, 0, a->format, rest + size + row % CHUNK * halves);
+                widen_row_of(&a->codes, row, 0, format_of_weights(a), rest + size + row % CHUNK * halves);
             rows = rest + size;
         }
         pack_chunk(rows, a->n - whole * CHUNK, halves, rest);

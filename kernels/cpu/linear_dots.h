@@ -21,8 +21,17 @@ enum {
     KEPT_ROWS = 128 << 10             // bytes of rows that the second cache keeps for all tokens
 };
 
-// How many times 16 bits a row of W takes as numbers.
-static inline int64_t row_halves(const struct linear *a) { return a->k * (a->format == FLOAT32 ? 2 : 1); }
+// Of the numbers of a packed W. Codes become float32 where vectors of rows are multiplied, which have no other numbers:
+// rounding each of them to bfloat16 would take longer than its product.
+static inline int64_t format_of_weights(const struct linear *a) {
+#ifdef HAVE_LANES
+    if (a->codes.bits) return FLOAT32;
+#endif
+    return a->format;
+}
+
+// How many times 16 bits a row of a packed W takes as numbers.
+static inline int64_t row_halves(const struct linear *a) { return a->k * (format_of_weights(a) == FLOAT32 ? 2 : 1); }
 
 static inline float number(int64_t format, const void *p, int64_t i) {
     switch (format) {

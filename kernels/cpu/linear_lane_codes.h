@@ -8,6 +8,12 @@
 #include "linear_codes.h"
 
 #ifdef HAVE_LANES
+enum {
+    ALL = 32 / LANES,               // vectors of 32 rows
+    FEW = 2,                        // tokens that meet all of them at once
+    AHEAD = LANES == 16 ? 4096 : 0  // bytes that so few tokens ask for ahead, where that was measured
+};
+
 // The 32 codes of one of 32 rows to their places.
 static void pack_group(const struct codes *w, const uint8_t *in, int64_t row, uint8_t *out) {
     for (int64_t i = 0; i < group_bytes(w); i++) out[i * 32 + row] = in[i];
@@ -21,56 +27,76 @@ static int64_t packed_code(const struct codes *w, const uint8_t *codes, int64_t 
 // A channel of the vector of rows at `codes`.
 static inline vf widen_channel(int64_t bits, int has_minima, const uint8_t *codes, int64_t c, vf scale, vf least) {
     if (bits == 8) return load_i8((const int8_t *)codes + c * 32) * scale;
-    vi code = (vi)(wide_u8(codes + c % 16 * 32) >> (c / 16 * 4) & 15);
+    vu both = wide_u8(codes + c % 16 * 32);
+    vi code = (vi)(c < 16 ? both & 15 : both >> 4);
     return has_minima ? to_float(code) * scale + least : to_float(code - 8) * scale;
 }
 
-// To the nearest number of bfloat16, ties to even, kept in float32: what is added to x is so much larger that the sum has room
-// for its first 8 bits only. For numbers from 2^-126 to below 2^112, as all codes are; -0 becomes 0.
-static inline vf rounded_to_bf16(vf x) {
-    vf larger = (vf)(((vu)x & 0x7f800000) + (16 << 23 | 1 << 22));  // 1.5 * 2^16 of its power of two
-    return x + larger - larger;
+// What the codes of a chunk become numbers with, a group at a time.
+struct group {
+    const uint8_t *codes;
+    vf scale[ALL], least[ALL];
+};
+
+static inline struct group group_at(const struct codes *w, int64_t bits, int has_minima, int64_t at) {
+    struct group group = {.codes = w->codes + at * GROUP * bits / 8};
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < ALL; i++) {
+        group.scale[i] = load_f16(w->scales + at + i * LANES);
+        if (has_minima) group.least[i] = load_f16(w->minima + at + i * LANES);
+    }
+    return group;
 }
 
-// As float32; rounded to bfloat16, in float32 still; or two of those in a word.
-enum widened { PLAIN, ROUNDED, PAIRED };
+// The i-th vector of rows of a channel.
+static inline vf number_of(const struct group *group, int64_t bits, int has_minima, int64_t c, int64_t i) {
+    return widen_channel(bits, has_minima, group->codes + i * LANES, c, group->scale[i], group->least[i]);
+}
 
-// 32 rows of 32 channels word by word (linear_lanes.h).
-static inline __attribute__((always_inline)) void widen_words(
-    int64_t bits, int has_minima, enum widened as, const uint8_t *codes, const _Float16 *scales, const _Float16 *minima, uint16_t *out
+// Channels from .. end - 1 of 32 rows in float32, whole groups, from codes that are packed: out[end - from][32 rows].
+static inline __attribute__((always_inline)) void widen_channels(
+    const struct codes *w, int64_t bits, int has_minima, int64_t chunk, int64_t from, int64_t end, float *out
 ) {
-    enum { VECTORS = 32 / LANES };
-    vf scale[VECTORS], least[VECTORS];
-    for (int i = 0; i < VECTORS; i++) {
-        scale[i] = load_f16(scales + i * LANES);
-        least[i] = has_minima ? load_f16(minima + i * LANES) : (vf){};
+    int64_t first = chunk * w->groups * 32;
+    for (int64_t at = first + from; at < first + end; at += 32) {
+        struct group group = group_at(w, bits, has_minima, at);
+        for (int64_t c = 0; c < GROUP; c++)
+            _Pragma("GCC unroll 4") for (int64_t i = 0; i < ALL; i++, out += LANES) store(out, number_of(&group, bits, has_minima, c, i));
     }
-    for (int64_t c = 0; c < GROUP; c += as == PAIRED ? 2 : 1)
-        _Pragma("GCC unroll 4") for (int i = 0; i < VECTORS; i++, out += 2 * LANES) {
-            vf x = widen_channel(bits, has_minima, codes + i * LANES, c, scale[i], least[i]);
-            vu word = (vu)(as == PLAIN ? x : rounded_to_bf16(x));
-            if (as == PAIRED) {
-                vf odd = widen_channel(bits, has_minima, codes + i * LANES, c + 1, scale[i], least[i]);
-                word = word >> 16 | (vu)rounded_to_bf16(odd);
-            }
-            memcpy(out, &word, sizeof word);
-        }
 }
 
-#define WIDEN_AS(bits, has_minima)                                                                   \
-    (as == PLAIN     ? widen_words(bits, has_minima, PLAIN, codes, scales, minima, out)              \
-     : as == ROUNDED ? widen_words(bits, has_minima, ROUNDED, codes, scales, minima, out)            \
-                     : widen_words(bits, has_minima, PAIRED, codes, scales, minima, out))
-
-// Channels from .. end - 1 of 32 rows, whole groups, from codes that are packed.
-static void widen_lanes(const struct codes *w, int64_t chunk, int64_t from, int64_t end, enum widened as, uint16_t *out) {
-    for (int64_t group = from / GROUP; group < end / GROUP; group++, out += 32 * GROUP * (as == PAIRED ? 1 : 2)) {
-        int64_t at = (chunk * w->groups + group) * 32;
-        const uint8_t *codes = w->codes + at * group_bytes(w);
-        const _Float16 *scales = w->scales + at, *minima = w->minima ? w->minima + at : NULL;
-        if (w->bits == 8) WIDEN_AS(8, 0);
-        else if (minima) WIDEN_AS(4, 1);
-        else WIDEN_AS(4, 0);
+// Sums of one or two tokens, x[k][tokens], with 32 rows. Each number is made in a register, and taken in the order of all sums.
+static inline __attribute__((always_inline)) void meet_channels(
+    const struct codes *w, int64_t bits, int has_minima, int64_t tokens, int64_t chunk, const float *x, vf out[FEW][ALL]
+) {
+    vf sums[FEW][ALL] = {};
+    int64_t first = chunk * w->groups * 32;
+    for (int64_t at = first; at < first + w->groups * 32; at += 32) {
+        struct group group = group_at(w, bits, has_minima, at);
+        _Pragma("GCC unroll 2") for (int64_t half = 0; half < GROUP; half += GROUP / 2)
+            _Pragma("GCC unroll 2") for (int64_t c = half; c < half + GROUP / 2; c++, x += tokens) {
+                if (AHEAD && c % 2 == 0 && c < 4 * bits) __builtin_prefetch(group.codes + c * 32 + AHEAD, 0, 2);
+                _Pragma("GCC unroll 4") for (int64_t i = 0; i < ALL; i++) {
+                    vf number = number_of(&group, bits, has_minima, c, i);
+                    _Pragma("GCC unroll 2") for (int64_t t = 0; t < tokens; t++) sums[t][i] += number * splat(x[t]);
+                }
+            }
     }
+    memcpy(out, sums, sizeof sums);
+}
+
+#define OF_ALL_KINDS(DO, ...)                          \
+    do {                                               \
+        if (w->bits == 8) DO(w, 8, 0, __VA_ARGS__);    \
+        else if (w->minima) DO(w, 4, 1, __VA_ARGS__);  \
+        else DO(w, 4, 0, __VA_ARGS__);                 \
+    } while (0)
+
+static void widen_lanes(const struct codes *w, int64_t chunk, int64_t from, int64_t end, float *out) {
+    OF_ALL_KINDS(widen_channels, chunk, from, end, out);
+}
+
+static void meet_codes(const struct codes *w, int64_t chunk, int64_t tokens, const float *x, vf out[FEW][ALL]) {
+    if (tokens == 1) OF_ALL_KINDS(meet_channels, 1, chunk, x, out);
+    else OF_ALL_KINDS(meet_channels, 2, chunk, x, out);
 }
 #endif

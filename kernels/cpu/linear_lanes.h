@@ -14,12 +14,10 @@ enum {
     AT_ONCE = LANES == 16 ? 12 : 6,  // tokens; with two vectors of rows 24 sums of 32 registers, or 12 of 16
     SPAN = 2 * LANES,                // rows of these
     PASSES = CHUNK / SPAN,
-    ALL = CHUNK / LANES,             // vectors of a chunk
     MOST = 48,                       // tokens of a block
     TURNED = 10 * MOST,              // tokens that lie turned at a time
     PANEL = 576,                     // channels that a block meets before the next: the second cache keeps their numbers of all tokens
-    FEW_CHANNELS = 128,              // of codes that are widened for one block: the first cache keeps their numbers
-    AHEAD = LANES == 16 ? 4096 : 0   // bytes that one or two tokens read ahead, where that was measured
+    FEW_CHANNELS = 128               // of codes that are widened for one block: the first cache keeps their numbers
 };
 
 static inline vu words_of(const uint16_t *w) {
@@ -87,7 +85,7 @@ static inline void fetch_word(const char *next, int64_t bytes) {
             _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++)                                                               \
                 sums[t][i] = load(out + place_of_sums(i, min64(t, x->count - first - 1)));                                        \
         _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, in += T * WORD, w += 2 * CHUNK, next += bytes) { \
-            if (T > 2) fetch_word(next, bytes);                                                                                   \
+            if (T > FEW) fetch_word(next, bytes);                                                                                   \
             else if (AHEAD) fetch_word((const char *)w + AHEAD, 4 * CHUNK);                                                       \
             _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                              \
                 vf weights[V];                                                                                                    \
@@ -146,7 +144,7 @@ static inline int64_t block_room(int64_t k) { return MOST * k + LANES; }
 // rows, each AT_ONCE their share: by the first of them alone it would be more at a time than the memory gives. One and two
 // tokens are done sooner than it comes, and the processor itself reads ahead.
 static void multiply_panel(const struct lanes_kernel *kernel, const uint16_t *w, int64_t halves, const struct tokens *x, float *sums) {
-    int64_t rest = x->count % AT_ONCE, last = rest <= 2 ? x->count - rest : x->count;
+    int64_t rest = x->count % AT_ONCE, last = rest <= FEW ? x->count - rest : x->count;
     int64_t shares = (last + AT_ONCE - 1) / AT_ONCE, pass_bytes = SPAN * 2 * halves;
     for (int64_t pass = 0; pass < PASSES; pass++) {
         const char *next = (const char *)(w + CHUNK * halves) + pass * pass_bytes;
@@ -161,18 +159,25 @@ static void multiply_panel(const struct lanes_kernel *kernel, const uint16_t *w,
 
 // A chunk and a block of tokens: sums[2][MOST][16 rows].
 static void multiply_lanes(const struct linear *a, const uint16_t *w, struct tokens x, float *sums) {
-    int64_t halves_each = row_halves(a) / a->k, panel = x.count <= 2 ? a->k : PANEL;  // so few stay near anyway
+    int64_t halves_each = row_halves(a) / a->k, panel = x.count <= FEW ? a->k : PANEL;  // so few stay near anyway
     for (x.from = 0; x.from < a->k; x.from = x.end) {
         x.end = min64(x.from + panel, a->k);
-        multiply_panel(kernels[a->format], w + x.from * halves_each * CHUNK, (x.end - x.from) * halves_each, &x, sums);
+        multiply_panel(kernels[format_of_weights(a)], w + x.from * halves_each * CHUNK, (x.end - x.from) * halves_each, &x, sums);
     }
 }
 
 // A chunk of codes and a block that is all tokens.
 static void multiply_codes(const struct linear *a, int64_t chunk, struct tokens x, uint16_t *numbers, float *sums) {
+    if (x.count <= FEW) {
+        vf few[FEW][ALL];
+        meet_codes(&a->codes, chunk, x.count, x.numbers, few);
+        for (int64_t t = 0; t < x.count; t++)
+            for (int64_t i = 0; i < ALL; i++) store(sums + place_of_sums(i, t), few[t][i]);
+        return;
+    }
     for (x.from = 0; x.from < a->k; x.from = x.end) {
         x.end = min64(x.from + FEW_CHANNELS, a->k);
-        widen_lanes(&a->codes, chunk, x.from, x.end, a->format == FLOAT32 ? PLAIN : ROUNDED, numbers);
+        widen_lanes(&a->codes, chunk, x.from, x.end, (float *)numbers);
         multiply_panel(kernels[FLOAT32], numbers, (x.end - x.from) * 2, &x, sums);
     }
 }
@@ -219,7 +224,7 @@ static void write_lanes(const struct linear *a, const float *sums, int64_t token
 static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_halves(a)) + 1; }
 
 // Of a thread: kept chunks of numbers that were codes.
-static int64_t room_of(const struct linear *a) { return a->codes.bits ? kept_chunks(a) * CHUNK * row_halves(a) : 0; }
+static int64_t room_of(const struct linear *a) { return a->codes.bits && a->num_tokens > FEW ? kept_chunks(a) * CHUNK * row_halves(a) : 0; }
 
 // Floats for as many tokens as lie turned at a time.
 static int64_t turned_room(const struct linear *a) {
@@ -265,12 +270,11 @@ static struct linear product_of(const struct turning *t) {
 // Chunks first .. end - 1 of W with all tokens, which are turned.
 static void multiply_chunks(const struct linear *a, const uint16_t *rest, uint16_t *numbers, int64_t first, int64_t end) {
     int64_t kept = kept_chunks(a), whole = a->n / CHUNK, size = CHUNK * row_halves(a), one_block = a->num_tokens <= MOST;
-    enum widened as = a->format == FLOAT32 ? PLAIN : PAIRED;
     float sums[2 * SIDE * MOST];
     for (int64_t begin = first; begin < end; begin += kept) {
         int64_t behind = min64(begin + kept, end);
         for (int64_t chunk = begin; a->codes.bits && !one_block && chunk < min64(behind, whole); chunk++)
-            widen_lanes(&a->codes, chunk, 0, a->k, as, numbers + (chunk - begin) * size);
+            widen_lanes(&a->codes, chunk, 0, a->k, (float *)(numbers + (chunk - begin) * size));
         for (int64_t token = 0; token < a->num_tokens; token += MOST) {
             struct tokens x = {(const float *)a->x + token / MOST * block_room(a->k), a->k, min64(MOST, a->num_tokens - token), 0, 0};
             for (int64_t chunk = begin; chunk < behind; chunk++) {

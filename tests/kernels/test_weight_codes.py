@@ -1,11 +1,13 @@
 """Products with weights kept as codes: the same bits as with the weight that was widened before, in every way there is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from kvshard.kernels.cpu.linear import can_pack
 from kvshard.kernels.linear_ops import LinearWeight, embedding, linear
 from kvshard.kernels.weight_codes import WeightCodes
 
@@ -13,6 +15,7 @@ from ..tolerances import assert_within
 
 TOKENS = (
     1,
+    2,
     3,
     32,
     33,
@@ -77,13 +80,16 @@ def test_bits_are_those_of_the_widened_weight(
         wide = take(codes.widen())
         weight = take(copy_of(codes))
         assert weight.packed == wide.packed
+        unrounded = weight.packed and can_pack(torch.empty(1, 32))  # vectors of rows take codes in float32
+        number = torch.float32 if unrounded else dtype
+        factor = take(replace(codes, dtype=number).widen())
         bias = torch.randn(rows).to(dtype)
         for tokens in TOKENS:
             x = torch.randn(tokens, width).to(dtype)
             for result in (dtype, torch.float32):
-                got = linear(x, weight, bias, dtype=result)
-                assert torch.equal(got, linear(x, wide, bias, dtype=result)), (rows, width, tokens)
-            assert torch.equal(linear(x, weight), linear(x, wide))
+                expected = linear(x.to(number), factor, bias.to(number), dtype=torch.float32).to(result)
+                assert torch.equal(linear(x, weight, bias, dtype=result), expected), (rows, width, tokens)
+            assert torch.equal(linear(x, weight), linear(x.to(number), factor).to(dtype))
         ids = torch.tensor([[0, rows - 1], [rows // 2, 1]])
         assert torch.equal(embedding(ids, weight, scale=1.5), embedding(ids, wide, scale=1.5))
         assert torch.equal(embedding(ids, weight, rows // 2), embedding(ids, wide, rows // 2))
