@@ -3,8 +3,9 @@
 Weights come wrapped, since each back end may want them in an order of its own: packed for the matrix unit or the vectors of
 the processor, or plain. Products with a packed weight, and on CPU those of up to 64 tokens with a plain one, are each summed
 in one order, so that a token's outputs have the same bits alone and in any batch; products of torch's (cuBLAS, oneDNN) are
-not. A weight kept as codes gives, on each way, what its numbers give that were rounded to its
-dtype first: on CPU to the bit, but for torch's products with a matrix of more than 64 MiB, which is widened in pieces.
+not. A weight kept as codes gives, on each way, what its numbers give that were rounded to its dtype first (to float32 where
+it is packed for vectors of rows): on CPU to the bit, but for torch's products with a matrix of more than 64 MiB, which is
+widened in pieces.
 
 T is the number of tokens, N and K the rows and columns of a weight. Each function raises ValueError when a shape, dtype
 or device does not fit.

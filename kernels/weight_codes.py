@@ -4,7 +4,8 @@
     number = code * scale + minimum      of 4 bits, where there are minima
 
 These are the numbers of GGUF's Q8_0, Q4_0 and Q4_1 blocks, in float32; they are rounded to `dtype` once, wherever the matrix
-is used, so all results are those of the matrix that had been widened to `dtype` when it was loaded.
+is used, but for products in vectors of rows on CPU (cpu/linear_lanes.h), which take them as they are. So results are those of
+a matrix that had been widened to `dtype`, or to float32, when it was loaded.
 """
 
 from dataclasses import dataclass

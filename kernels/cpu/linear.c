@@ -7,7 +7,7 @@
 // each 32 channels, two tiles of 16 pairs of channels by 16 rows, as the unit reads its second operand (amx.h).
 // linear_lanes.h: in vectors of rows, of a W in float32 or bfloat16 whose every 32 rows lie word by word. Rows past the last
 // whole 32 stay as they are, and are packed again in every call. A W that is kept as codes (linear_codes.h) becomes numbers
-// just before they are multiplied: they are in a cache then, and only codes come from memory.
+// just before they are multiplied: they are in a cache or a register then, and only codes come from memory.
 
 #include <stdlib.h>
 

@@ -1,5 +1,5 @@
 // Weights that are kept as codes (kernels/weight_codes.py), and their numbers. A number is made in float32, exactly but for
-// the last sum, and rounded once to the format of the matrix.
+// the last sum, and rounded once to the format of the matrix, or not at all (format_of_weights in linear_dots.h).
 
 #pragma once
 #include "matrix_unit.h"

@@ -10,8 +10,8 @@
 #ifdef HAVE_LANES
 enum {
     ALL = 32 / LANES,               // vectors of 32 rows
-    FEW = 2,                        // tokens that meet all of them at once
-    AHEAD = LANES == 16 ? 4096 : 0  // bytes that so few tokens ask for ahead, where that was measured
+    FEW = 2,                        // tokens whose sums with all of them are kept in registers
+    AHEAD = LANES == 16 ? 4096 : 0  // bytes of W, or of its codes, that so few tokens ask for ahead, where that was measured
 };
 
 // The 32 codes of one of 32 rows to their places.
@@ -52,7 +52,8 @@ static inline vf number_of(const struct group *group, int64_t bits, int has_mini
     return widen_channel(bits, has_minima, group->codes + i * LANES, c, group->scale[i], group->least[i]);
 }
 
-// Channels from .. end - 1 of 32 rows in float32, whole groups, from codes that are packed: out[end - from][32 rows].
+// Channels from .. end - 1 of 32 rows in float32, whole groups, from codes that are packed: out[end - from][32 rows]. at: a
+// place among the scales, of which the 32 rows have 32 for each 32 channels.
 static inline __attribute__((always_inline)) void widen_channels(
     const struct codes *w, int64_t bits, int has_minima, int64_t chunk, int64_t from, int64_t end, float *out
 ) {
@@ -73,12 +74,13 @@ static inline __attribute__((always_inline)) void meet_channels(
     for (int64_t at = first; at < first + w->groups * 32; at += 32) {
         struct group group = group_at(w, bits, has_minima, at);
         _Pragma("GCC unroll 2") for (int64_t half = 0; half < GROUP; half += GROUP / 2)
-            _Pragma("GCC unroll 2") for (int64_t c = half; c < half + GROUP / 2; c++, x += tokens) {
-                if (AHEAD && c % 2 == 0 && c < 4 * bits) __builtin_prefetch(group.codes + c * 32 + AHEAD, 0, 2);
-                _Pragma("GCC unroll 4") for (int64_t i = 0; i < ALL; i++) {
-                    vf number = number_of(&group, bits, has_minima, c, i);
-                    _Pragma("GCC unroll 2") for (int64_t t = 0; t < tokens; t++) sums[t][i] += number * splat(x[t]);
-                }
+            for (int64_t pair = 0; pair < GROUP / 2; pair += 2) {
+                if (AHEAD && half < 4 * bits) __builtin_prefetch(group.codes + (half + pair) * 32 + AHEAD, 0, 2);  // a line
+                _Pragma("GCC unroll 2") for (int64_t c = half + pair; c < half + pair + 2; c++, x += tokens)
+                    _Pragma("GCC unroll 4") for (int64_t i = 0; i < ALL; i++) {
+                        vf number = number_of(&group, bits, has_minima, c, i);
+                        _Pragma("GCC unroll 2") for (int64_t t = 0; t < tokens; t++) sums[t][i] += number * splat(x[t]);
+                    }
             }
     }
     memcpy(out, sums, sizeof sums);

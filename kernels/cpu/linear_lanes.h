@@ -3,7 +3,7 @@
 //
 // The lanes of a sum are rows, so nothing is left to add up at the end, and AT_ONCE tokens share what is read of W. A word of W
 // holds a channel of a row in float32, or two in bfloat16: shifted it is the even one in float32, masked the odd one. Tokens
-// are turned before, so that the numbers that meet a channel of W lie side by side.
+// are turned before, so that the numbers that meet a channel of W lie side by side. Codes become float32, whatever the format.
 
 #pragma once
 #include "activation.h"
@@ -17,7 +17,7 @@ enum {
     MOST = 48,                       // tokens of a block
     TURNED = 10 * MOST,              // tokens that lie turned at a time
     PANEL = 576,                     // channels that a block meets before the next: the second cache keeps their numbers of all tokens
-    FEW_CHANNELS = 128               // of codes that are widened for one block: the first cache keeps their numbers
+    FEW_CHANNELS = 128               // of codes that are widened for one block of more than FEW tokens: the first cache keeps them
 };
 
 static inline vu words_of(const uint16_t *w) {
@@ -85,7 +85,7 @@ static inline void fetch_word(const char *next, int64_t bytes) {
             _Pragma("GCC unroll 4") for (int64_t i = 0; i < V; i++)                                                               \
                 sums[t][i] = load(out + place_of_sums(i, min64(t, x->count - first - 1)));                                        \
         _Pragma("GCC unroll 1") for (int64_t c = x->from; c < x->end; c += WORD, in += T * WORD, w += 2 * CHUNK, next += bytes) { \
-            if (T > FEW) fetch_word(next, bytes);                                                                                   \
+            if (T > FEW) fetch_word(next, bytes);                                                                                 \
             else if (AHEAD) fetch_word((const char *)w + AHEAD, 4 * CHUNK);                                                       \
             _Pragma("GCC unroll 2") for (int j = 0; j < WORD; j++) {                                                              \
                 vf weights[V];                                                                                                    \
@@ -223,8 +223,12 @@ static void write_lanes(const struct linear *a, const float *sums, int64_t token
 // Chunks of W that all tokens meet before the next.
 static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_halves(a)) + 1; }
 
-// Of a thread: kept chunks of numbers that were codes.
-static int64_t room_of(const struct linear *a) { return a->codes.bits && a->num_tokens > FEW ? kept_chunks(a) * CHUNK * row_halves(a) : 0; }
+// Of a thread, for numbers that were codes: kept chunks, or what one block of tokens wants at a time.
+static int64_t room_of(const struct linear *a) {
+    if (!a->codes.bits || a->num_tokens <= FEW) return 0;
+    if (a->num_tokens <= MOST) return CHUNK * 2 * min64(a->k, FEW_CHANNELS);
+    return kept_chunks(a) * CHUNK * row_halves(a);
+}
 
 // Floats for as many tokens as lie turned at a time.
 static int64_t turned_room(const struct linear *a) {

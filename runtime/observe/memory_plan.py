@@ -17,7 +17,7 @@ Per shard, in bytes:
       seen        = max_num_seqs * min(vocabulary rows, 2 * longest request) * 28     tokens to penalise, and room for it
       rotary      = longest request * 2 * sum of rotary_dim * 4       cos and sin, float32, of every kind of layer
       runtime     = CUDA: 512 MiB context, 512 MiB libraries' work space and attention's partial results, 512 MiB NCCL when
-                    there are more shards; CPU: 256 MiB, and 64 MiB with `quantization` (matrices widened for long steps)
+                    there are more shards; CPU: 256 MiB, and 64 MiB with `quantization` (what codes become in long steps)
 
 with heads, columns and rows of the largest shard, since collectives are padded to it. What is left of
 `memory_fraction * memory` after weights and reserve holds the blocks; the smallest num_blocks over the ranks counts for all.

@@ -13,15 +13,10 @@ from kvshard.kernels.weight_codes import WeightCodes
 
 from ..tolerances import assert_within
 
-TOKENS = (
-    1,
-    2,
-    3,
-    32,
-    33,
-    100,
-)  # tiles are of 16 and 32; more than 64 tokens go through torch where nothing is packed
-SHAPES = ((83, 96), (32, 576), (5, 32), (130, 64))
+# Tiles are of 16 and 32 tokens, blocks of vectors of rows of 48, ten of them at a time; more than 64 tokens go through torch
+# where nothing is packed.
+TOKENS = (1, 2, 3, 32, 33, 50, 481)
+SHAPES = ((83, 96), (32, 576), (5, 32), (130, 64), (130, 1184))
 FORMATS = ("Q8_0", "Q4_0", "Q4_1")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,15 +76,17 @@ def test_bits_are_those_of_the_widened_weight(
         weight = take(copy_of(codes))
         assert weight.packed == wide.packed
         unrounded = weight.packed and can_pack(torch.empty(1, 32))  # vectors of rows take codes in float32
-        number = torch.float32 if unrounded else dtype
-        factor = take(replace(codes, dtype=number).widen())
+        wide_dtype = torch.float32 if unrounded else dtype
+        reference = take(replace(codes, dtype=wide_dtype).widen())
         bias = torch.randn(rows).to(dtype)
         for tokens in TOKENS:
             x = torch.randn(tokens, width).to(dtype)
             for result in (dtype, torch.float32):
-                expected = linear(x.to(number), factor, bias.to(number), dtype=torch.float32).to(result)
+                expected = linear(x.to(wide_dtype), reference, bias.to(wide_dtype), dtype=torch.float32).to(
+                    result
+                )
                 assert torch.equal(linear(x, weight, bias, dtype=result), expected), (rows, width, tokens)
-            assert torch.equal(linear(x, weight), linear(x.to(number), factor).to(dtype))
+            assert torch.equal(linear(x, weight), linear(x.to(wide_dtype), reference).to(dtype))
         ids = torch.tensor([[0, rows - 1], [rows // 2, 1]])
         assert torch.equal(embedding(ids, weight, scale=1.5), embedding(ids, wide, scale=1.5))
         assert torch.equal(embedding(ids, weight, rows // 2), embedding(ids, wide, rows // 2))
@@ -119,13 +116,14 @@ def flipped(tensor: Tensor, place: tuple[int, int], bit: int) -> Tensor:
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-def test_any_wrong_bit_is_seen(format: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_any_wrong_bit_is_seen(format: str, dtype: torch.dtype, tokens: int) -> None:
     """In the one row it belongs to, and nowhere else: in a whole chunk of 32 rows and in what is left."""
     codes = codes_of(format, 83, 96, dtype)
     codes.scales.fill_(0.5)
     if codes.minima is not None:
         codes.minima.fill_(1)
-    x = torch.randn(2, 96).to(dtype)
+    x = torch.randn(tokens, 96).to(dtype)
     expected = linear(x, LinearWeight.take(copy_of(codes)), dtype=torch.float32)
     for row in (0, 31, 40, 82):
         wrong = [WeightCodes(flipped(codes.codes, (row, 40), 5), codes.scales, codes.minima, dtype)]
