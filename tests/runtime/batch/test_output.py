@@ -1,40 +1,18 @@
 """The output file as a journal: what counts as done, what is repaired, what is refused."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from kvshard.runtime.batch.output import OutputFile
-from kvshard.runtime.batch.response import error_line
-from kvshard.runtime.config import JobConfig, load_config, parse_config
 from kvshard.runtime.errors import ConfigError
 
-CONFIG = parse_config({"model": "m"}, "test")
-
-
-def ok_line(row_id: str) -> bytes:
-    line = {"id": "batch_req_1", "custom_id": row_id, "response": {"status_code": 200}, "error": None}
-    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
-
-
-INPUT_ERROR = error_line("bad", "input_error", "invalid_line", "no prompt")
-SYSTEM_ERROR = error_line("lost", "system_error", "request_failed", "lost")
-
-
-def config(**values: Any) -> JobConfig:
-    return parse_config({"model": "m", **values}, "test")
-
-
-def ids(path: Path) -> list[str]:
-    return [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
+from .output_lines import CONFIG, INPUT_ERROR, SYSTEM_ERROR, ids, ok_line
 
 
 def test_lines_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
@@ -235,93 +213,3 @@ def test_a_failed_rewrite_leaves_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         OutputFile.open(path, CONFIG)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_saved_config_is_a_job_file(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    settings = config(dtype="float32", sampling={"stop": ["é", "b"]}, shard_weights=[2.0], seed=3)
-    with OutputFile.open(path, settings) as output:
-        output.save_config(settings)
-    assert load_config(tmp_path / "out.jsonl.config.yaml") == settings
-
-
-@pytest.mark.parametrize(
-    ("changed", "key", "before", "now"),
-    [
-        ({"model": "other"}, "model", "'m'", "'other'"),
-        ({"sampling": {"temperature": 0}}, "sampling.temperature", "1.0", "0.0"),
-        ({"sampling": {"stop": "x"}}, "sampling.stop", r"\[\]", r"\['x'\]"),
-        ({"seed": 1}, "seed", "0", "1"),
-        ({"chat_template": "t"}, "chat_template", "None", "'t'"),
-        ({"dtype": "float16"}, "dtype", "'float32'", "'float16'"),
-        ({"quantization": "int8"}, "quantization", "'none'", "'int8'"),
-        ({"cache": {"dtype": "int4"}}, r"cache\.dtype", "'auto'", "'int4'"),
-    ],
-)
-def test_settings_that_change_answers_are_refused_for_a_file_that_has_some(
-    tmp_path: Path, changed: dict[str, Any], key: str, before: str, now: str
-) -> None:
-    path = tmp_path / "out.jsonl"
-    first = config(dtype="float32")
-    with OutputFile.open(path, first) as output:
-        output.save_config(first)
-    second = config(**{"dtype": "float32", **changed})
-    OutputFile.open(path, second).close()  # no rows yet, so nothing to mix
-    path.write_bytes(ok_line("a") + SYSTEM_ERROR)
-    with pytest.raises(ConfigError, match=f"{key}: .* {before} and the job says {now}.* another output.path"):
-        OutputFile.open(path, second)
-    assert path.read_bytes() == ok_line("a") + SYSTEM_ERROR
-
-
-def test_a_setting_that_the_older_file_does_not_have_had_its_default(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    with OutputFile.open(path, config()) as output:
-        output.save_config(config())
-        output.write(ok_line("a"))
-    saved = tmp_path / "out.jsonl.config.yaml"
-    values = yaml.safe_load(saved.read_text())
-    del values["task"], values["sampling"]["n"], values["cache"]
-    saved.write_text(yaml.safe_dump(values))
-    OutputFile.open(path, config()).close()
-    with pytest.raises(ConfigError, match=r"sampling\.n: .* 1 and the job says 2"):
-        OutputFile.open(path, config(sampling={"n": 2}))
-
-
-def test_rows_that_all_failed_do_not_bind_the_settings(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    first, second = config(dtype="float16"), config(dtype="bfloat16")
-    with OutputFile.open(path, first) as output:
-        output.save_config(first)
-        output.write(SYSTEM_ERROR)
-    with OutputFile.open(path, second) as output:
-        assert ids(path) == []
-        output.save_config(second)
-        output.write(ok_line("lost"))
-    with pytest.raises(ConfigError, match=r"dtype: .* 'bfloat16' and the job says 'float16'"):
-        OutputFile.open(path, first)
-
-
-def test_an_empty_config_beside_rows_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_bytes(ok_line("a"))
-    (tmp_path / "out.jsonl.config.yaml").touch()
-    with pytest.raises(
-        ConfigError, match=r"out\.jsonl\.config\.yaml, the settings of the rows in .*, holds none"
-    ):
-        OutputFile.open(path, CONFIG)
-
-
-def test_settings_that_only_change_speed_may_differ(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    first = config(dtype="float32")
-    with OutputFile.open(path, first) as output:
-        output.save_config(first)
-        output.write(ok_line("a"))
-    again = config(dtype="auto", tensor_parallel_size=3, launcher="ray", scheduler={"max_num_seqs": 2})
-    with OutputFile.open(path, again) as output:  # auto is compared once it is known
-        with pytest.raises(ConfigError, match="dtype"):
-            output.save_config(again.model_copy(update={"dtype": "bfloat16"}))
-        output.save_config(again.model_copy(update={"dtype": "float32"}))
-    saved = yaml.safe_load((tmp_path / "out.jsonl.config.yaml").read_text())
-    assert saved["tensor_parallel_size"] == 3
-    assert saved["dtype"] == "float32"
