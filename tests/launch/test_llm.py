@@ -3,7 +3,6 @@
 import gc
 import math
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,19 +15,13 @@ from kvshard.runtime.coordinator.plan import StepResult
 from kvshard.runtime.errors import ConfigError, RequestError, ShardError
 from kvshard.runtime.sampling_params import SamplingParams
 
-from ..runtime.batch.fakes import NUM_BLOCKS, FakeEngine, fake_engine_module
+from ..runtime.batch.fakes import NUM_BLOCKS, FakeEngine
+from .fake_llm import engine_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3)
 
 
-@pytest.fixture(autouse=True)
-def _fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kvshard.launch.engine", fake_engine_module())
-
-
-def engine_of(llm: LLM) -> FakeEngine:
-    assert len(FakeEngine.started) == 1
-    return FakeEngine.started[0]
+pytestmark = pytest.mark.usefixtures("fake_engine")
 
 
 def test_outputs_have_the_known_shape() -> None:
