@@ -4,6 +4,7 @@ import ctypes
 import sys
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -23,13 +24,12 @@ def prefer_huge_pages(tensor: Tensor) -> None:
 
 
 def to_device(values: npt.NDArray[Any], device: torch.device | str) -> Tensor:
-    """`values` on `device`, with the same shape and dtype; on CPU the same memory.
+    """`values` on `device`, with the same shape and dtype; on CPU the same memory, elsewhere without gaps.
 
     The host does not wait: only a copy out of pinned memory is asynchronous, any other may first wait for all that
     the device still has to do, and then no step is launched ahead of the last one.
     """
-    tensor = torch.from_numpy(values)
     device = torch.device(device)
     if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+        return torch.from_numpy(values)
+    return torch.from_numpy(np.ascontiguousarray(values)).pin_memory().to(device, non_blocking=True)

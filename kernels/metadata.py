@@ -135,15 +135,6 @@ class AttentionMetadata:
         plan: T = self._prepared[key][0]
         return plan
 
-    def hold(self, other: "AttentionMetadata") -> None:
-        """Makes the tensors those of another step, of no more rows and with contexts no longer than when built: for a recorded
-        step on the CPU, whose calls read lengths when they are made. The host's copies stay as they are."""
-        num_rows, num_blocks = other.block_tables.shape
-        assert num_rows <= len(self.context_lens), f"{num_rows} rows, built for {len(self.context_lens)}"
-        self.query_start[: num_rows + 1] = other.query_start
-        self.context_lens[:num_rows] = other.context_lens
-        self.block_tables[:num_rows, :num_blocks] = other.block_tables
-
     def refill(self, context_lens: Int32Array, block_tables: Tensor) -> None:
         """Makes this the metadata of another step with as many rows and the same query lengths, in the same device
         memory: for a captured CUDA graph, which reads from fixed addresses and launches fixed grids.

@@ -22,15 +22,13 @@ from .checks import check, check_rows
 
 MASS_BITS = 40  # mass 1.0 is 2^40: that of 2^22 tokens still fits into an int64
 BINS = 256  # of a radix histogram: the values of one byte
-MAX_TOKENS = 1 << 32  # so that a column fits into the low word of what the kernels compare
-
-Best = tuple[Tensor, Tensor]
+MAX_TOKENS = 1 << 32  # so that a token fits into the low word of a packed score
 
 
 class Backend(Protocol):
     """What `kernels.cpu.sampling` and `kernels.triton.sampling` offer. Arguments are already checked."""
 
-    def row_argmax(self, scores: Tensor) -> Best: ...
+    def row_argmax(self, scores: Tensor, first_token: int) -> Tensor: ...
 
     def gumbel_argmax(
         self,
@@ -41,7 +39,9 @@ class Backend(Protocol):
         places: Tensor,
         sampled: Tensor,
         first_token: int,
-    ) -> Best: ...
+    ) -> Tensor: ...
+
+    def best_of_ranks(self, packed: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def row_mass(self, logits: Tensor, max_logits: Tensor) -> Tensor: ...
 
@@ -83,14 +83,18 @@ def _check_vectors(logits: Tensor, dtype: torch.dtype, **vectors: Tensor) -> Non
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {vector.stride()}")
 
 
-def row_argmax(scores: Tensor) -> Best:
-    """The largest value of each row and its column: the lowest of equal ones, and NaN is larger than anything.
+def row_argmax(scores: Tensor, *, first_token: int) -> Tensor:
+    """The largest score of each row with its token, packed into one number that all ranks compare: see `best_of_ranks`.
 
-    scores   [R, V] float32
-    returns  best [R] float32 (0.0 for either zero), column [R] int64
+    Above is the score's key, a signed 32-bit integer in the order of the values: one for either zero, and one above that
+    of infinity for NaN. Below is 2^32 - 1 - token, so that of equal scores the lowest token is the largest.
+
+    scores   [R, V] float32, of tokens first_token + column < 2^32
+    returns  packed [R] int64
     """
     _check_logits("scores", scores)
-    return _backend(scores.device.type).row_argmax(scores)
+    _check_tokens(scores, first_token)
+    return _backend(scores.device.type).row_argmax(scores, first_token)
 
 
 def gumbel_argmax(
@@ -102,7 +106,7 @@ def gumbel_argmax(
     sampled: Tensor,
     *,
     first_token: int,
-) -> Best:
+) -> Tensor:
     """row_argmax of the scores that make the largest one a sample of the softmax (Gumbel-max, Gumbel, 1954).
 
         x = logit / temperature
@@ -114,23 +118,34 @@ def gumbel_argmax(
     23 bits b make u = (b + 0.5) / 2^23, never 0 or 1, and g = -log(-log u), between -2.82 and 16.64: the words are the
     same on all back ends, g is within 2 units in the last place of the exact value. Division and sum are float32.
 
-    logits       [R, V] float32, of tokens first_token + column < 2^34
+    logits       [R, V] float32, of tokens first_token + column < 2^32
     temperature  [R] float32, > 0
     cut          [R] float32, in units of x; -inf keeps everything
     seeds        [R] int64, the bits of the unsigned 64-bit seeds
     places       [R] int64, position in the sequence + 2^32 * which sample of its prompt; read as 64 bits
     sampled      [R] bool
-    returns      best [R] float32 (0.0 for either zero), column [R] int64
+    returns      packed [R] int64, see row_argmax
     """
     _check_logits("logits", logits)
     _check_vectors(logits, torch.float32, temperature=temperature, cut=cut)
     _check_vectors(logits, torch.int64, seeds=seeds, places=places)
     _check_vectors(logits, torch.bool, sampled=sampled)
-    if not 0 <= first_token <= 4 * MAX_TOKENS - logits.shape[1]:
-        raise ValueError(f"first_token: expected tokens from 0 to 2^34 - 1, got {first_token}")
+    _check_tokens(logits, first_token)
     return _backend(logits.device.type).gumbel_argmax(
         logits, temperature, cut, seeds, places, sampled, first_token
     )
+
+
+def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score of each row over all ranks, and its token: the lowest of equal ones.
+
+    packed   [N, R] int64: what row_argmax or gumbel_argmax found on each rank, N > 0
+    returns  best [R] float32 (0.0 for either zero), token [R] int64, -1 where the best is NaN or infinite
+    """
+    check("packed", packed, ("N", "R"), packed, torch.int64)
+    if not packed.is_contiguous() or not len(packed):
+        raise ValueError(f"packed: expected contiguous rows of at least one rank, got {list(packed.shape)}")
+    return _backend(packed.device.type).best_of_ranks(packed)
 
 
 def row_mass(logits: Tensor, max_logits: Tensor) -> Tensor:
@@ -185,6 +200,11 @@ def mass_histogram(
     _check_vectors(logits, torch.int64, prefix=prefix)
     _check_shift(shift)
     return _backend(logits.device.type).mass_histogram(logits, temperature, cut, max_logits, prefix, shift)
+
+
+def _check_tokens(logits: Tensor, first_token: int) -> None:
+    if not 0 <= first_token <= MAX_TOKENS - logits.shape[1]:
+        raise ValueError(f"first_token: expected tokens from 0 to 2^32 - 1, got {first_token}")
 
 
 def _check_shift(shift: int) -> None:

@@ -10,14 +10,25 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 
 
-def row_argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest value, lowest column of equals; NaN above all."""
+def row_argmax(scores: Tensor, *, first_token: int) -> Tensor:
+    """Largest value, lowest column of equals; NaN above all. Packed: (key, reversed token)."""
     ranked = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     ranked = torch.where(scores.isnan().any(1, keepdim=True), scores.isnan().float(), ranked)
     is_best = ranked == ranked.amax(1, keepdim=True)
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
     column = torch.where(is_best, places, scores.shape[1]).amin(1)
-    return scores.gather(1, column[:, None])[:, 0] + 0.0, column
+    best = scores.gather(1, column[:, None])[:, 0] + 0.0
+    key = torch.where(best.isnan(), 2**31 - 1, ordered_keys(best) - 2**31)
+    return key * 2**32 + (_WORD - (first_token + column))
+
+
+def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest integer of [N, R], as score and token."""
+    largest = packed.amax(0)
+    key = largest // 2**32
+    bits = torch.where(key < 0, -(2**31) - 1 - key, key)  # -1 - key with a sign
+    best, token = bits.int().view(torch.float32), _WORD - largest % 2**32
+    return best, torch.where(best.isfinite(), token, -1)
 
 
 def philox(seeds: Tensor, places: Tensor, first_token: int, count: int) -> Tensor:
@@ -66,12 +77,12 @@ def gumbel_argmax(
     sampled: Tensor,
     *,
     first_token: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """row_argmax of logits / temperature, plus noise where sampled, without what is below the cut."""
     scaled = logits / temperature[:, None]
     noise = gumbel_noise(seeds, places, first_token, logits.shape[1])
     scores = torch.where(sampled[:, None], scaled + noise, scaled)
-    return row_argmax(scores.masked_fill(scaled < cut[:, None], -torch.inf))
+    return row_argmax(scores.masked_fill(scaled < cut[:, None], -torch.inf), first_token=first_token)
 
 
 def masses(scaled: Tensor, max_logits: Tensor) -> Tensor:

@@ -125,3 +125,4 @@ ACTIVATION_BLOCK = 1024
 # Columns per loop trip and per program of the sampler's kernels.
 SAMPLING_BLOCK = 1024
 SAMPLING_COLUMNS = 4096
+BEST_ROWS = 64  # per program, where the ranks' best scores are compared

@@ -78,10 +78,10 @@ def everything(ops, logits, begin, end, arguments):
     temperature, cut, top = arguments["temperature"], arguments["cut"], logits.amax(1)
     prefix = torch.zeros(len(logits), dtype=torch.int64)
     rest = [arguments[name] for name in ("seeds", "places", "sampled")]
-    best, column = ops.gumbel_argmax(part, temperature, cut, *rest, begin)
+    packed = ops.gumbel_argmax(part, temperature, cut, *rest, begin)
     sums = [
         ops.row_mass(part, top)[:, None],
         ops.count_histogram(part, prefix, 24),
         ops.mass_histogram(part, temperature, cut, top / temperature, prefix, 24),
     ]
-    return best, column + begin, torch.cat(sums, 1)
+    return packed, torch.cat(sums, 1)

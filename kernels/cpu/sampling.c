@@ -121,7 +121,7 @@ typedef struct {
     const int64_t *seeds, *places;
     const uint8_t *sampled;
     int64_t stride, columns, first_token;
-    _Atomic int64_t *packed; /* the score above, the column below, the lowest one largest */
+    _Atomic int64_t *packed; /* see sampling_ops.row_argmax */
 } Argmax;
 
 static void argmax_of_range(const void *context, int64_t task, int64_t thread) {
@@ -132,7 +132,7 @@ static void argmax_of_range(const void *context, int64_t task, int64_t thread) {
     Best found = a->sampled ? best_of_logits(x, at.begin, at.end, a->temperature[row], a->cut[row], a->sampled[row],
                                              (uint64_t)a->seeds[row], (uint64_t)a->places[row], a->first_token)
                             : best_of_scores(x, at.begin, at.end);
-    int64_t packed = (int64_t)rank_of(found.best) * (1LL << 32) + (UINT32_MAX - found.column);
+    int64_t packed = (int64_t)rank_of(found.best) * (1LL << 32) + (UINT32_MAX - (a->first_token + found.column));
     for (int64_t so_far = a->packed[row]; packed > so_far;)
         if (atomic_compare_exchange_weak(&a->packed[row], &so_far, packed)) break;
 }
@@ -140,15 +140,23 @@ static void argmax_of_range(const void *context, int64_t task, int64_t thread) {
 /* sampled == NULL: row_argmax; the other vectors are not read then. */
 void sampling_argmax(const float *logits, int64_t stride, int64_t rows, int64_t columns, const float *temperature,
                      const float *cut, const int64_t *seeds, const int64_t *places, const uint8_t *sampled,
-                     int64_t first_token, float *best, int64_t *column, int threads) {
+                     int64_t first_token, int64_t *packed, int threads) {
     Argmax argmax = {logits, temperature, cut, seeds, places, sampled, stride, columns, first_token,
-                     (_Atomic int64_t *)column};
-    for (int64_t row = 0; row < rows; row++) column[row] = INT64_MIN;
+                     (_Atomic int64_t *)packed};
+    for (int64_t row = 0; row < rows; row++) packed[row] = INT64_MIN;
     kvshard_share_out(argmax_of_range, &argmax, rows * ranges_of(columns), threads);
+}
+
+void sampling_best(const int64_t *packed, int64_t ranks, int64_t rows, float *best, int64_t *token) {
     for (int64_t row = 0; row < rows; row++) {
-        int32_t key = (int32_t)(column[row] >> 32);
+        int64_t largest = packed[row];
+        for (int64_t rank = 1; rank < ranks; rank++) {
+            int64_t other = packed[rank * rows + row];
+            largest = other > largest ? other : largest;
+        }
+        int32_t key = (int32_t)(largest >> 32);
         best[row] = float_of(key ^ ((key >> 31) & INT32_MAX));
-        column[row] = UINT32_MAX - (column[row] & UINT32_MAX);
+        token[row] = isfinite(best[row]) ? UINT32_MAX - (largest & UINT32_MAX) : -1;
     }
 }
 

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..sampling_ops import BINS, Best
+from ..sampling_ops import BINS
 from . import sampling_torch
 from .library import load
 
@@ -19,7 +19,8 @@ def _library() -> ctypes.CDLL | None:
         pointer, size, int_ = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         rows = (pointer, size, size, size)  # logits, row stride, rows, columns
         for name, arguments in {
-            "sampling_argmax": (*rows, *[pointer] * 5, size, pointer, pointer, int_),
+            "sampling_argmax": (*rows, *[pointer] * 5, size, pointer, int_),
+            "sampling_best": (pointer, size, size, pointer, pointer),
             "sampling_mass": (*rows, pointer, pointer, int_),
             "sampling_histogram": (*rows, *[pointer] * 4, int_, pointer, int_),
             "sampling_philox": (pointer, pointer, size, size, size, pointer),
@@ -34,17 +35,15 @@ def _rows(logits: Tensor) -> tuple[int, int, int, int]:
     return logits.data_ptr(), logits.stride(0), logits.shape[0], logits.shape[1]
 
 
-def row_argmax(scores: Tensor) -> Best:
+def row_argmax(scores: Tensor, first_token: int) -> Tensor:
     """See `sampling_ops.row_argmax`."""
     library = _library()
     if library is None:
-        return sampling_torch.row_argmax(scores)
-    best, column = scores.new_empty(len(scores)), scores.new_empty(len(scores), dtype=torch.int64)
+        return sampling_torch.row_argmax(scores, first_token)
+    packed = torch.empty(len(scores), dtype=torch.int64)
     vectors = (None,) * 5
-    library.sampling_argmax(
-        *_rows(scores), *vectors, 0, best.data_ptr(), column.data_ptr(), torch.get_num_threads()
-    )
-    return best, column
+    library.sampling_argmax(*_rows(scores), *vectors, first_token, packed.data_ptr(), torch.get_num_threads())
+    return packed
 
 
 def gumbel_argmax(
@@ -55,12 +54,12 @@ def gumbel_argmax(
     places: Tensor,
     sampled: Tensor,
     first_token: int,
-) -> Best:
+) -> Tensor:
     """See `sampling_ops.gumbel_argmax`."""
     library = _library()
     if library is None:
         return sampling_torch.gumbel_argmax(logits, temperature, cut, seeds, places, sampled, first_token)
-    best, column = torch.empty_like(cut), torch.empty_like(seeds)
+    packed = torch.empty_like(seeds)
     library.sampling_argmax(
         *_rows(logits),
         temperature.data_ptr(),
@@ -69,11 +68,21 @@ def gumbel_argmax(
         places.data_ptr(),
         sampled.data_ptr(),
         first_token,
-        best.data_ptr(),
-        column.data_ptr(),
+        packed.data_ptr(),
         torch.get_num_threads(),
     )
-    return best, column
+    return packed
+
+
+def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sampling_ops.best_of_ranks`."""
+    library = _library()
+    if library is None:
+        return sampling_torch.best_of_ranks(packed)
+    ranks, rows = packed.shape
+    best, token = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    library.sampling_best(packed.data_ptr(), ranks, rows, best.data_ptr(), token.data_ptr())
+    return best, token
 
 
 def row_mass(logits: Tensor, max_logits: Tensor) -> Tensor:

@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
-from ..sampling_ops import BINS, MASS_BITS, Best
+from ..sampling_ops import BINS, MASS_BITS
 
 _WORD = 0xFFFFFFFF
+_SIGN_MASK = 0x7FFFFFFF  # all bits of a word but its sign
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1, as 32-bit fractions
 _ROUNDS = 10
 _LANES = 4  # words per counter
 
 
-def row_argmax(scores: Tensor) -> Best:
+def row_argmax(scores: Tensor, first_token: int) -> Tensor:
     """See `sampling_ops.row_argmax`."""
     best, column = scores.max(1)
-    return best + 0.0, column
+    keys = torch.where(best.isnan(), _SIGN_MASK, _signed_keys(best + 0.0)).long()
+    return (keys << 32) | (_WORD - first_token - column)
 
 
 def gumbel_argmax(
@@ -26,12 +28,20 @@ def gumbel_argmax(
     places: Tensor,
     sampled: Tensor,
     first_token: int,
-) -> Best:
+) -> Tensor:
     """See `sampling_ops.gumbel_argmax`."""
     scaled = logits / temperature[:, None]
     noise = gumbel(philox(seeds, places, first_token, logits.shape[1]).bitwise_right_shift_(9))
     scores = noise.mul_(sampled[:, None]).add_(scaled)
-    return row_argmax(scores.masked_fill_(scaled < cut[:, None], -torch.inf))
+    return row_argmax(scores.masked_fill_(scaled < cut[:, None], -torch.inf), first_token)
+
+
+def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sampling_ops.best_of_ranks`."""
+    largest = packed.amax(0)
+    keys = (largest >> 32).int()
+    best = (((keys >> 31) & _SIGN_MASK) ^ keys).view(torch.float32)
+    return best, torch.where(best.isfinite(), _WORD - (largest & _WORD), -1)
 
 
 def row_mass(logits: Tensor, max_logits: Tensor) -> Tensor:
@@ -58,14 +68,19 @@ def _masses(scaled: Tensor, max_logits: Tensor) -> Tensor:
 
 
 def _histogram(logits: Tensor, weights: Tensor, prefix: Tensor, shift: int) -> Tensor:
-    bits = logits.view(torch.int32)
-    keys = (((bits >> 31) & 0x7FFFFFFF) ^ bits).long() + 2**31
+    keys = _signed_keys(logits).long() + 2**31
     # Entries with the prefix differ from it by this round's byte. Others count in a second half that nobody reads,
     # spread over it: many additions to one place would wait for each other.
     offsets = (keys >> shift) - (prefix[:, None] << 8)
     others = ((offsets >> 8) != 0).long() * BINS
     bins = (offsets & (BINS - 1)) | others
     return weights.new_zeros(len(logits), 2 * BINS).scatter_add_(1, bins, weights)[:, :BINS].contiguous()
+
+
+def _signed_keys(values: Tensor) -> Tensor:
+    """int32 in the order of the float32 values."""
+    bits = values.view(torch.int32)
+    return ((bits >> 31) & _SIGN_MASK) ^ bits
 
 
 def gumbel(bits: Tensor) -> Tensor:

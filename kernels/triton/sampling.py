@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sampling_ops import BINS, Best
-from ..tiles import SAMPLING_BLOCK, SAMPLING_COLUMNS
+from ..sampling_ops import BINS
+from ..tiles import BEST_ROWS, SAMPLING_BLOCK, SAMPLING_COLUMNS
 
 
 @triton.jit
@@ -24,11 +24,11 @@ def _signed_key(x):
 
 
 @triton.jit
-def _packed(score, column):
-    """int64: the score above, with one key for both zeros and the largest for NaN; the column below, lowest largest."""
+def _packed(score, token):
+    """int64: the score above, with one key for both zeros and the largest for NaN; the token below, lowest largest."""
     key = _signed_key(tl.where(score == 0.0, 0.0, score))
     key = tl.where(score != score, 0x7FFFFFFF, key)
-    return (key.to(tl.int64) << 32) | (0xFFFFFFFF - column.to(tl.int64))
+    return (key.to(tl.int64) << 32) | (0xFFFFFFFF - token.to(tl.int64))
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def argmax_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """packed[row, range]: the largest packed score of the range. Without NOISE, the logits are the scores."""
+    """packed[range, row]: the largest packed score of the range. Without NOISE, the logits are the scores."""
     row = tl.program_id(0).to(tl.int64)
     # Token ids, aligned so that each group of four has one counter.
     begin = first_token // 4 * 4 + tl.program_id(1).to(tl.int64) * COLUMNS
@@ -95,21 +95,25 @@ def argmax_kernel(
             noise = _gumbel(_words(seed, place, (begin + start) // 4, BLOCK) >> 9)
             score = tl.where(sampled, scaled + noise, scaled)
             score = tl.where(scaled < cut, float("-inf"), score)
-        found = tl.where(inside, _packed(score, column), -0x8000000000000000)
+        found = tl.where(inside, _packed(score, first_token + column), -0x8000000000000000)
         largest = tl.maximum(largest, found)
-    tl.store(packed_ptr + row * tl.num_programs(1) + tl.program_id(1), tl.max(largest, 0))
+    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row
+    tl.store(packed_ptr + place, tl.max(largest, 0))
 
 
 @triton.jit
-def best_kernel(packed_ptr, best_ptr, column_ptr, ranges, RANGES: tl.constexpr):
-    """The largest of a row's packed scores, taken apart."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, RANGES)
-    packed = tl.load(packed_ptr + row * ranges + place, mask=place < ranges, other=-0x8000000000000000)
+def best_kernel(packed_ptr, best_ptr, token_ptr, ranks, rows, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest of each row's packed scores [ranks, rows], taken apart."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.arange(0, RANKS)[:, None].to(tl.int64)
+    there = (rank < ranks) & (row < rows)
+    packed = tl.load(packed_ptr + rank * rows + row, mask=there, other=-0x8000000000000000)
     largest = tl.max(packed, 0)
     key = (largest >> 32).to(tl.int32)
-    tl.store(best_ptr + row, (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True))
-    tl.store(column_ptr + row, 0xFFFFFFFF - (largest & 0xFFFFFFFF))
+    best = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    token = tl.where(tl.abs(best) < float("inf"), 0xFFFFFFFF - (largest & 0xFFFFFFFF), -1)
+    tl.store(best_ptr + row, best, mask=row < rows)
+    tl.store(token_ptr + row, token, mask=row < rows)
 
 
 @triton.jit
@@ -186,10 +190,10 @@ def gumbel_kernel(bits_ptr, out_ptr, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + place, _gumbel(bits), mask=place < count)
 
 
-def _argmax(logits: Tensor, vectors: tuple[Tensor | None, ...], first_token: int, noise: bool) -> Best:
+def _argmax(logits: Tensor, vectors: tuple[Tensor | None, ...], first_token: int, noise: bool) -> Tensor:
     rows, columns = logits.shape
     ranges = triton.cdiv(first_token % 4 + columns, SAMPLING_COLUMNS)
-    packed = torch.empty(rows, ranges, dtype=torch.int64, device=logits.device)
+    packed = torch.empty(ranges, rows, dtype=torch.int64, device=logits.device)
     argmax_kernel[(rows, ranges)](
         logits,
         *vectors,
@@ -202,15 +206,12 @@ def _argmax(logits: Tensor, vectors: tuple[Tensor | None, ...], first_token: int
         COLUMNS=SAMPLING_COLUMNS,
         num_warps=4,
     )
-    best = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    column = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    best_kernel[(rows,)](packed, best, column, ranges, RANGES=triton.next_power_of_2(ranges), num_warps=1)
-    return best, column
+    return packed[0] if ranges == 1 else packed.amax(0)
 
 
-def row_argmax(scores: Tensor) -> Best:
+def row_argmax(scores: Tensor, first_token: int) -> Tensor:
     """See `sampling_ops.row_argmax`."""
-    return _argmax(scores, (None,) * 5, 0, noise=False)
+    return _argmax(scores, (None,) * 5, first_token, noise=False)
 
 
 def gumbel_argmax(
@@ -221,10 +222,22 @@ def gumbel_argmax(
     places: Tensor,
     sampled: Tensor,
     first_token: int,
-) -> Best:
+) -> Tensor:
     """See `sampling_ops.gumbel_argmax`."""
     vectors = (temperature, cut, seeds, places, sampled.view(torch.int8))
     return _argmax(logits, vectors, first_token, noise=True)
+
+
+def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sampling_ops.best_of_ranks`."""
+    ranks, rows = packed.shape
+    best = torch.empty(rows, dtype=torch.float32, device=packed.device)
+    token = torch.empty(rows, dtype=torch.int64, device=packed.device)
+    grid = (triton.cdiv(rows, BEST_ROWS),)
+    best_kernel[grid](
+        packed, best, token, ranks, rows, RANKS=triton.next_power_of_2(ranks), BLOCK=BEST_ROWS, num_warps=1
+    )
+    return best, token
 
 
 def row_mass(logits: Tensor, max_logits: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ class LogitsProcessors:
         """vocab_rows: the global token ids of this rank's logits."""
         self._vocab_rows = vocab_rows
         self._device = device
-        self._active = np.zeros(max_num_seqs, np.bool_)  # by slot: may anything of this be needed?
         self._stop_from = np.zeros(max_num_seqs, np.int64)
         self._stop_ids = SlotEntries(1)  # column
         self._bias = SlotEntries(2)  # column, value
@@ -44,9 +43,8 @@ class LogitsProcessors:
         self._bad_words = BadWords(vocab_rows, max_num_seqs, device)
         self._penalties = Penalties(vocab_rows, max_num_seqs, device)
 
-    def open(self, slot: int, sampling: SlotSampling) -> None:
-        """Set all that is kept for a slot; what it held before is gone."""
-        self._active[slot] = sampling.rules is not None or bool(sampling.stop_ids)
+    def open(self, slot: int, sampling: SlotSampling) -> bool:
+        """Set all that is kept for a slot; what it held before is gone. False if its logits are never to change."""
         rules = sampling.rules or _NO_RULES
         stop_columns = local_columns(sampling.stop_ids, self._vocab_rows)
         self._stop_from[slot] = sampling.stop_from
@@ -57,6 +55,7 @@ class LogitsProcessors:
         self._mask.open(slot, rules)
         self._bad_words.open(slot, rules)
         self._penalties.open(slot, rules)
+        return sampling.rules is not None or bool(sampling.stop_ids)
 
     def apply(self, logits: Tensor, slots: Int32, positions: Int64) -> Tensor:
         """The changed logits, [R, vocabulary rows] float32; the given ones where no row is to change.
@@ -64,8 +63,6 @@ class LogitsProcessors:
         slots      [R], the slot of each row
         positions  [R], the place in the sequence of the token to be chosen, prompt included, from 0
         """
-        if not self._active[slots].any():
-            return logits
         masked = self._mask.active[slots]
         with_words = self._bad_words.active[slots]
         penalized = self._penalties.active[slots]
@@ -91,8 +88,6 @@ class LogitsProcessors:
 
     def add_chosen(self, slots: Int32, token_ids: Tensor) -> None:
         """Count the tokens that were chosen, [R] int64, as output; NO_TOKEN counts as none."""
-        if not self._active[slots].any():
-            return
         penalized = self._penalties.active[slots]
         if penalized.any():
             self._penalties.add_chosen(np.flatnonzero(penalized), slots[penalized], token_ids)

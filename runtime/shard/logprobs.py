@@ -35,7 +35,8 @@ class Logprobs:
 
     def row_max(self, logits: Tensor) -> Tensor:
         """[R] the largest logit over all ranks; NaN if there is one."""
-        return self._group.all_gather(ops.row_argmax(logits)[0], "sampler.max").amax(0)
+        packed = ops.row_argmax(logits, first_token=self._vocab_rows.start)
+        return ops.best_of_ranks(self._group.all_gather(packed, "sampler.max"))[0]
 
     def of(self, logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTensors:
         """Log softmax of the logits at `token_ids`, and at the `num_top` largest logits, in this order.

@@ -14,13 +14,13 @@ from torch import Tensor
 from ...kernels import sampling_ops as ops
 from ...kernels.host import to_device
 from ...parallel.group import Group
-from ..coordinator.plan import NO_TOKEN, Int32, SlotSampling
+from ..coordinator.plan import Int32, SlotSampling
 from .logits_processors import LogitsProcessors
-from .logprobs import ID_MASK, Logprobs, LogprobTensors
-from .radix_select import cut_at_weight, ordered_keys
+from .logprobs import Logprobs, LogprobTensors
+from .radix_select import cut_at_weight
 
 _MAX_VOCAB_SIZE = 1 << 22  # so that the mass of all tokens fits into an int64
-_KEY_OF_INFINITY = 0x7F800000
+_PROCESSING, _NOISE, _LOGPROBS = 1, 2, 4  # what a slot may need besides the largest logit
 
 Int64 = npt.NDArray[np.int64]
 
@@ -55,7 +55,7 @@ class Sampler:
         self._top_k = np.full(max_num_seqs, vocab_size, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._log_min_p = np.full(max_num_seqs, -np.inf, np.float64)
-        self._samples = np.zeros(max_num_seqs, np.bool_)
+        self._needs = np.zeros(max_num_seqs, np.uint8)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._sample_index = np.zeros(max_num_seqs, np.int64)
         self._num_top = np.full(max_num_seqs, -1, np.int64)  # of the log probabilities wanted; -1: none are
@@ -66,7 +66,6 @@ class Sampler:
         """Set all that is kept for a slot; what it held before is gone."""
         samples = not sampling.greedy
         limits_k = samples and sampling.top_k > 0
-        self._samples[slot] = samples
         self._temperature[slot] = sampling.temperature if samples else 1.0
         self._top_k[slot] = min(sampling.top_k, self.vocab_size) if limits_k else self.vocab_size
         self._top_p[slot] = sampling.top_p if samples else 1.0
@@ -74,7 +73,11 @@ class Sampler:
         self._seed[slot] = sampling.seed
         self._sample_index[slot] = sampling.sample_index
         self._num_top[slot] = -1 if sampling.logprobs is None else sampling.logprobs
-        self._processors.open(slot, sampling)
+        self._needs[slot] = (
+            _PROCESSING * self._processors.open(slot, sampling)
+            | _NOISE * samples
+            | _LOGPROBS * (sampling.logprobs is not None)
+        )
 
     def sample(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, LogprobTensors | None]:
         """One token per row, counted as output of its slot; all ranks call it with the same slots and positions.
@@ -89,19 +92,22 @@ class Sampler:
         shape = (len(slots), len(self.vocab_rows))
         assert logits.shape == shape, f"logits of shape {tuple(logits.shape)}, expected {shape}"
         assert logits.dtype == torch.float32, f"logits of {logits.dtype}, expected float32"
-        processed = self._processors.apply(logits, slots, positions)
-        if self._samples[slots].any():
-            best = self._perturbed_best(processed, slots, positions)
+        needs = np.bitwise_or.reduce(self._needs[slots])
+        processed = self._processors.apply(logits, slots, positions) if needs & _PROCESSING else logits
+        if needs & _NOISE:
+            packed = self._perturbed_best(processed, slots, positions)
         else:
-            best = ops.row_argmax(processed)
-        token_ids = self._winner(*best)
-        self._processors.add_chosen(slots, token_ids)
-        num_top = int(self._num_top[slots].max(initial=-1))
-        return token_ids, None if num_top < 0 else self.logprobs.of(logits, token_ids, num_top)
+            packed = ops.row_argmax(processed, first_token=self.vocab_rows.start)
+        _, token_ids = ops.best_of_ranks(self.group.all_gather(packed, "sampler.argmax"))
+        if needs & _PROCESSING:
+            self._processors.add_chosen(slots, token_ids)
+        if not needs & _LOGPROBS:
+            return token_ids, None
+        return token_ids, self.logprobs.of(logits, token_ids, int(self._num_top[slots].max()))
 
-    def _perturbed_best(self, logits: Tensor, slots: Int32, positions: Int64) -> tuple[Tensor, Tensor]:
-        """This rank's largest score and its column: of the samples, and in greedy rows of the logits."""
-        samples = self._samples[slots]
+    def _perturbed_best(self, logits: Tensor, slots: Int32, positions: Int64) -> Tensor:
+        """This rank's largest score and its token, packed: with noise, and in greedy rows of the logits."""
+        samples = self._needs[slots] & _NOISE
         places = positions + (self._sample_index[slots] << 32)
         seeds, places, top_k = self._to_device(
             np.stack((self._seed[slots].view(np.int64), places, self._top_k[slots]))
@@ -159,18 +165,6 @@ class Sampler:
             )
             cut = torch.maximum(cut, top_p_cut / temperature)
         return cut
-
-    def _winner(self, best: Tensor, column: Tensor) -> Tensor:
-        """[R] int64 the global ids of the largest scores over all ranks, or NO_TOKEN."""
-        if self.group.world_size == 1:
-            return torch.where(best.isfinite(), column, NO_TOKEN)
-        # Above: the score's key, where NaN counts as infinity. Below: the id, the lowest one largest.
-        keys = ordered_keys(torch.nan_to_num(best, nan=math.inf, posinf=math.inf, neginf=-math.inf))
-        packed = (keys.long() << 32) | (ID_MASK - (column + self.vocab_rows.start))
-        winner = self.group.all_gather(packed, "sampler.argmax").amax(0)
-        key = winner >> 32
-        finite = (key < _KEY_OF_INFINITY) & (key > ~_KEY_OF_INFINITY)
-        return torch.where(finite, ID_MASK - (winner & ID_MASK), NO_TOKEN)
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return to_device(array, self.device)

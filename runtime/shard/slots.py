@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.host import to_device
 from ...kernels.ops import AttentionMetadata
-from ..coordinator.plan import StepPlan
+from ..coordinator.plan import OpenedSlot, StepPlan
 
 
 @dataclass(frozen=True)
@@ -26,65 +26,89 @@ class StepInputs:
 
 
 class Slots:
-    """`max_num_seqs` places for requests: block tables and last tokens on the device, lengths on the host."""
+    """`max_num_seqs` places for requests: block tables and lengths on the host, last tokens on the device.
+
+    A step's inputs are laid out on the host, always in the same memory. A GPU gets copies; on the CPU a step reads that
+    memory itself, so its inputs are good until the next step's are laid out.
+    """
 
     def __init__(
-        self, *, num_groups: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        *,
+        num_groups: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
     ) -> None:
         self._block_size = block_size
+        self._max_model_len = max_model_len
         self._device = device
         max_blocks = -(-max_model_len // block_size)
         # In groups with a window, entries that it has passed keep what they had: nothing reads them.
-        self._block_tables = torch.zeros(
-            num_groups, max_num_seqs, max_blocks, dtype=torch.int32, device=device
-        )
-        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._block_tables = np.zeros((num_groups, max_num_seqs, max_blocks), np.int32)
         self._num_entries = np.zeros((num_groups, max_num_seqs), np.int64)  # of each block table
         self._context_len = np.zeros(max_num_seqs, np.int64)
+        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        # What a step reads, see StepInputs and AttentionMetadata.
+        self.max_num_tokens = most_tokens = min(max_num_batched_tokens, max_num_seqs * max_model_len)
+        self._token_ids = np.zeros(most_tokens, np.int64)
+        self._positions = np.zeros(most_tokens, np.int64)
+        self._slot_mappings = np.zeros((num_groups, most_tokens), np.int64)
+        self._query_start = np.zeros(max_num_seqs + 1, np.int32)
+        self._context_lens = np.zeros(max_num_seqs, np.int32)
+        self._row_tables = np.zeros_like(self._block_tables)
 
     def apply(self, plan: StepPlan) -> StepInputs:
         """Close, open and extend slots as planned, then lay out the step's rows."""
         self._num_entries[:, plan.closed_slots] = 0
-        self._open_and_append(plan)
+        for opened in plan.opened:
+            self._open(opened)
+        if len(plan.appended_slots):
+            self._append(plan)
         slots, query_lens = plan.row_slots, plan.row_num_new_tokens
         before = self._context_len[slots]
         after = before + query_lens
         self._context_len[slots] = after
         ends = np.cumsum(query_lens)
-        num_tokens = int(ends[-1])
+        num_rows, num_tokens, max_context_len = len(slots), int(ends[-1]), int(after.max())
         assert np.all(self._num_entries[:, slots] * self._block_size >= after), (
             "a row has more tokens than blocks"
         )
 
-        row_of_token = np.repeat(np.arange(len(slots)), query_lens)
-        positions_host = np.arange(num_tokens) + (before - (ends - query_lens))[row_of_token]
-        token_ids_host = np.zeros(num_tokens, np.int64)
+        row_of_token = np.repeat(np.arange(num_rows), query_lens)
+        positions = np.arange(num_tokens) + (before - (ends - query_lens))[row_of_token]
+        entries, offsets = np.divmod(positions, self._block_size)
+        blocks = self._block_tables[:, slots[row_of_token], entries]  # [groups, T]
+        max_blocks = -(-max_context_len // self._block_size)
         from_device = plan.row_from_device
-        token_ids_host[~from_device[row_of_token]] = plan.token_ids
-        token_ids = self._to_device(token_ids_host)
+        self._token_ids[:num_tokens][~from_device[row_of_token]] = plan.token_ids
+        self._positions[:num_tokens] = positions
+        self._slot_mappings[:, :num_tokens] = blocks.astype(np.int64) * self._block_size + offsets
+        self._query_start[1 : num_rows + 1] = ends
+        self._context_lens[:num_rows] = after
+        self._row_tables[:, :num_rows, :max_blocks] = self._block_tables[:, slots, :max_blocks]
+
+        samples = plan.row_samples
+        inputs = self._inputs(
+            query_lens, num_tokens, max_context_len, ends[samples] - 1, slots[samples], after[samples]
+        )
         if from_device.any():
-            token_ids[self._to_device(ends[from_device] - 1)] = self._last_token[
+            inputs.token_ids[self._to_device(ends[from_device] - 1)] = self._last_token[
                 self._to_device(slots[from_device])
             ]
-        positions = self._to_device(positions_host)
+        return inputs
 
-        max_blocks = -(-int(after.max()) // self._block_size)
-        # Not index_select: on CPU that counts what it chooses from, and wakes threads for what is a few rows.
-        tables = self._block_tables[:, self._to_device(slots), :max_blocks]
-        blocks = tables[:, self._to_device(row_of_token), positions // self._block_size]  # [groups, T]
-        slot_mappings = blocks.long() * self._block_size + positions % self._block_size
-        attention = AttentionMetadata.build(
-            query_lens, after.astype(np.int32), tables[0], self._block_size, self._device
-        )
-        samples = plan.row_samples
-        return StepInputs(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mappings=slot_mappings.unbind(),
-            attention=tuple(attention.with_tables(table) for table in tables.unbind()),
-            sample_tokens=self._to_device(ends[samples] - 1),
-            sample_slots=slots[samples],
-            sample_positions=after[samples],
+    def places(self, num_tokens: int) -> StepInputs:
+        """Where steps of up to so many tokens lie on the CPU: the inputs of one of so many, in as many rows as there can be
+        and with the longest contexts. Nothing is in them yet."""
+        num_rows = min(len(self._context_lens), num_tokens)
+        query_lens = np.full(num_rows, num_tokens // num_rows, np.int32)
+        query_lens[: num_tokens % num_rows] += 1
+        nobody = np.empty(0, np.int32)
+        return self._inputs(
+            query_lens, num_tokens, self._max_model_len, nobody, nobody, nobody.astype(np.int64)
         )
 
     def store_sampled(self, slots: npt.NDArray[np.int32], token_ids: Tensor) -> None:
@@ -92,30 +116,55 @@ class Slots:
         # NO_TOKEN of a row that has failed must not reach the embedding before the row is closed.
         self._last_token[self._to_device(slots)] = token_ids.clamp_min(0)
 
-    def _open_and_append(self, plan: StepPlan) -> None:
-        num_slots = self._num_entries.shape[1]
-        tables, blocks = [], []  # a table's row: those of one group after those of another
-        for opened in plan.opened:
-            self._num_entries[:, opened.slot] = 0
-            self._context_len[opened.slot] = opened.context_len
-            for group, block_ids in enumerate(opened.block_ids):
-                tables.append(np.full(len(block_ids), group * num_slots + opened.slot, np.int32))
-                blocks.append(np.asarray(block_ids, np.int32))
-        tables.append(plan.appended_groups * np.int32(num_slots) + plan.appended_slots)
-        blocks.append(plan.appended_blocks)
-        rows, ids = np.concatenate(tables), np.concatenate(blocks)
-        if not len(rows):
-            return
+    def _open(self, opened: OpenedSlot) -> None:
+        self._context_len[opened.slot] = opened.context_len
+        for group, block_ids in enumerate(opened.block_ids):
+            self._block_tables[group, opened.slot, : len(block_ids)] = block_ids
+            self._num_entries[group, opened.slot] = len(block_ids)
+
+    def _append(self, plan: StepPlan) -> None:
         # A table's blocks come in its order, so the n-th one of a table here goes n places behind what it has.
-        order = np.argsort(rows, kind="stable")
-        rows, ids = rows[order], ids[order]
-        present, first, counts = np.unique(rows, return_index=True, return_counts=True)
+        num_slots = self._num_entries.shape[1]
+        tables = plan.appended_groups.astype(np.int64) * num_slots + plan.appended_slots
+        order = np.argsort(tables, kind="stable")
+        tables, block_ids = tables[order], plan.appended_blocks[order]
+        present, first, counts = np.unique(tables, return_index=True, return_counts=True)
         num_entries = self._num_entries.reshape(-1)  # the same memory
-        columns = np.arange(len(rows)) - np.repeat(first, counts) + num_entries[rows]
+        entries = np.arange(len(tables)) - np.repeat(first, counts) + num_entries[tables]
         num_entries[present] += counts
-        self._block_tables.flatten(0, 1)[self._to_device(rows), self._to_device(columns)] = self._to_device(
-            ids, np.int32
+        self._block_tables.reshape(-1, self._block_tables.shape[2])[tables, entries] = block_ids
+
+    def _inputs(
+        self,
+        query_lens: npt.NDArray[np.int32],
+        num_tokens: int,
+        max_context_len: int,
+        sample_tokens: npt.NDArray[np.integer],
+        sample_slots: npt.NDArray[np.int32],
+        sample_positions: npt.NDArray[np.int64],
+    ) -> StepInputs:
+        num_rows, max_blocks = len(query_lens), -(-max_context_len // self._block_size)
+        tables = to_device(self._row_tables[:, :num_rows, :max_blocks], self._device).unbind()
+        attention = AttentionMetadata(
+            query_start=to_device(self._query_start[: num_rows + 1], self._device),
+            context_lens=to_device(self._context_lens[:num_rows], self._device),
+            block_tables=tables[0],
+            query_lens_host=query_lens,
+            context_lens_host=self._context_lens[:num_rows],
+            block_size=self._block_size,
+            num_tokens=num_tokens,
+            max_query_len=int(query_lens.max()),
+            max_context_len=max_context_len,
+        )
+        return StepInputs(
+            token_ids=to_device(self._token_ids[:num_tokens], self._device),
+            positions=to_device(self._positions[:num_tokens], self._device),
+            slot_mappings=to_device(self._slot_mappings[:, :num_tokens], self._device).unbind(),
+            attention=(attention, *(attention.with_tables(table) for table in tables[1:])),
+            sample_tokens=self._to_device(sample_tokens),
+            sample_slots=sample_slots,
+            sample_positions=sample_positions,
         )
 
-    def _to_device(self, values: npt.NDArray[np.integer], dtype: type[np.integer] = np.int64) -> Tensor:
-        return to_device(np.ascontiguousarray(values, dtype), self._device)
+    def _to_device(self, index: npt.NDArray[np.integer]) -> Tensor:
+        return to_device(index.astype(np.int64), self._device)

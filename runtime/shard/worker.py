@@ -77,6 +77,7 @@ class Worker:
         self.slots = Slots(
             num_groups=len(groups),
             max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_model_len=self._max_model_len,
             block_size=cache.block_size,
             device=self.device,
@@ -104,16 +105,7 @@ class Worker:
                 raise ConfigError(
                     f"decode steps could not be captured as CUDA graphs ({error}); set cuda_graphs: false"
                 ) from error
-        return RecordedSteps(
-            self.decoder,
-            self.cache,
-            self.group,
-            num_groups=num_groups,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            max_model_len=self._max_model_len,
-            block_size=block_size,
-        )
+        return RecordedSteps(self.decoder, self.cache, self.group, self.slots)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> "PendingResult":

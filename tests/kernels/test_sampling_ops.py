@@ -83,20 +83,23 @@ def test_the_bound_that_spares_noise_holds_for_all_bits():
 
 
 @SHAPES
-def test_row_argmax(ops, size, rows, columns):
+@pytest.mark.parametrize("first_token", [0, 6, (1 << 32) - 20000], ids=str)
+def test_row_argmax(ops, size, first_token, rows, columns):
     scores = random_logits(rows, size(columns))
-    assert same(ops.row_argmax(scores), in_reference("row_argmax", scores))
+    expected = in_reference("row_argmax", scores, first_token=first_token)
+    assert torch.equal(ops.row_argmax(scores, first_token).cpu(), expected)
+    assert not torch.equal(ops.row_argmax(scores, first_token + 1).cpu(), expected)
 
 
 SPECIAL = [
     ([1.0, 3.0, 3.0, 2.0], 3.0, 1),
     ([-0.0, 0.0, -1.0], 0.0, 0),
     ([-1.0, 0.0, -0.0], 0.0, 1),
-    ([-math.inf, -math.inf], -math.inf, 0),
-    ([-math.inf, math.inf, math.inf], math.inf, 1),
+    ([-math.inf, -math.inf], -math.inf, None),
+    ([-math.inf, math.inf, math.inf], math.inf, None),
     ([-5.0, -3.0, -4.0], -3.0, 1),
-    ([1.0, math.inf, math.nan, math.nan], math.nan, 2),
-    ([1.0, -math.nan, math.inf], math.nan, 1),
+    ([1.0, math.inf, math.nan, math.nan], math.nan, None),
+    ([1.0, -math.nan, math.inf], math.nan, None),
 ]
 
 
@@ -106,23 +109,49 @@ def test_row_argmax_of_ties_zeros_and_what_is_not_finite(ops, place):
     scores = torch.full((len(SPECIAL), 5000 + 4), -math.inf)
     for row, (values, _, _) in enumerate(SPECIAL):
         scores[row, place : place + len(values)] = torch.tensor(values)
-    best, column = ops.row_argmax(scores)
-    for row, (_, value, where) in enumerate(SPECIAL):
+    best, token = ops.best_of_ranks(ops.row_argmax(scores, 70)[None])
+    for row, (_, value, column) in enumerate(SPECIAL):
         assert best[row].item() == value or (math.isnan(value) and best[row].isnan())
         assert math.copysign(1, best[row].item()) == 1 or value < 0 or math.isnan(value)
-        assert column[row].item() == (0 if value == -math.inf else where + place)
+        assert token[row].item() == (-1 if column is None else 70 + place + column)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 131])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 9])
+def test_best_of_ranks(ops, ranks, rows):
+    """Scores of both signs with ties between ranks, and rows that are broken on one rank or on all."""
+    scores = random_logits(ranks * rows, 1)[:, 0].reshape(ranks, rows).round()
+    scores[-1, 0], scores[0, -1] = math.nan, math.inf
+    scores[:, rows // 2] = -math.inf
+    packed = torch.stack(
+        [
+            in_reference("row_argmax", part[:, None], first_token=1000 * rank)
+            for rank, part in enumerate(scores)
+        ]
+    )
+    best, token = in_reference("best_of_ranks", packed)
+
+    def is_right(got):  # by bits, as NaN is not equal to itself
+        return same((got[0].view(torch.int32), got[1]), (best.view(torch.int32), token))
+
+    assert is_right(ops.best_of_ranks(there(packed)))
+    is_finite = best.isfinite()
+    assert torch.equal(token[is_finite], 1000 * scores.cpu()[:, is_finite].argmax(0))
+    assert torch.equal(best[is_finite], scores.cpu()[:, is_finite].amax(0) + 0.0)
+    if rows > 3:
+        assert not is_right(ops.best_of_ranks(there(packed.roll(1, 1))))
 
 
 def gumbel_reference(arguments):
-    arguments = dict(arguments)
-    return in_reference("gumbel_argmax", *list(arguments.values())[:-1], first_token=arguments["first_token"])
+    *rest, first_token = arguments.values()
+    return in_reference("gumbel_argmax", *rest, first_token=first_token)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 1003, MANY])
-@pytest.mark.parametrize("first_token", [0, 6, 49151, (1 << 34) - 20000], ids=str)
+@pytest.mark.parametrize("first_token", [0, 6, 49151, (1 << 32) - 20000], ids=str)
 def test_gumbel_argmax(ops, size, columns, first_token):
     arguments = gumbel_arguments(size(columns), first_token)
-    assert same(ops.gumbel_argmax(*arguments.values()), gumbel_reference(arguments))
+    assert torch.equal(ops.gumbel_argmax(*arguments.values()).cpu(), gumbel_reference(arguments))
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 30.0])
@@ -134,7 +163,7 @@ def test_gumbel_argmax_of_many_rows_of_few_columns(ops, spread):
     for name in ("temperature", "cut", "seeds", "places", "sampled"):
         arguments[name] = arguments[name][:1].repeat(rows)
     arguments["places"] = torch.arange(rows)
-    assert same(ops.gumbel_argmax(*arguments.values()), gumbel_reference(arguments))
+    assert torch.equal(ops.gumbel_argmax(*arguments.values()).cpu(), gumbel_reference(arguments))
 
 
 def test_rare_noise_wins_over_a_larger_logit(ops):
@@ -153,10 +182,11 @@ def test_rare_noise_wins_over_a_larger_logit(ops):
         first = in_reference("gumbel_noise", seeds[:1], places[rows[row : row + 1]], shift, 1)[0, 0]
         logits[row, 0], logits[row, 5001] = largest[row] - first - 0.01, 0.0
         arguments = [torch.ones(1), torch.full((1,), -math.inf), seeds[:1], places[rows[row : row + 1]]]
-        best, column = ops.gumbel_argmax(
+        packed = ops.gumbel_argmax(
             there(logits[row : row + 1]), *map(there, arguments), torch.ones(1, dtype=torch.bool), shift
         )
-        assert column.item() == 5001
+        best, token = ops.best_of_ranks(packed[None])
+        assert token.item() == shift + 5001
         assert best.item() == largest[row].item()
 
 
@@ -177,11 +207,11 @@ def test_gumbel_argmax_wrong_input_fails(ops, name, change):
     arguments = gumbel_arguments(1003)
     expected = gumbel_reference(arguments)
     arguments[name] = change(arguments[name])
-    assert not same(ops.gumbel_argmax(*arguments.values()), expected)
+    assert not torch.equal(ops.gumbel_argmax(*arguments.values()).cpu(), expected)
 
 
 def test_gumbel_argmax_of_broken_rows(ops):
-    """NaN and infinity win, of several NaNs the first one; a row below its cut has no score; others do not notice."""
+    """NaN and infinity win; a row below its cut has no score; others do not notice."""
     arguments = gumbel_arguments(1003)
     expected = gumbel_reference(arguments)
     logits = arguments["logits"].clone()
@@ -189,11 +219,12 @@ def test_gumbel_argmax_of_broken_rows(ops):
     logits[1, 700] = math.inf
     arguments["logits"], arguments["cut"] = logits, arguments["cut"].clone()
     arguments["cut"][2] = 100.0
-    best, column = ops.gumbel_argmax(*arguments.values())
+    packed = ops.gumbel_argmax(*arguments.values())
+    best, token = ops.best_of_ranks(packed[None])
     assert best[0].isnan()
     assert best[1:3].tolist() == [math.inf, -math.inf]
-    assert column[:3].tolist() == [300, 700, 0]
-    assert same((best[3:], column[3:]), (expected[0][3:], expected[1][3:]))
+    assert token[:3].tolist() == [-1] * 3
+    assert torch.equal(packed[3:].cpu(), expected[3:])
 
 
 # ------------------------------------------------------------------------------------------------ the door
@@ -210,11 +241,12 @@ def test_cpu_tensors_go_to_the_cpu_back_end():
     arguments = gumbel_arguments(1003)
     first_token = arguments.pop("first_token")
     got = sampling_ops.gumbel_argmax(*arguments.values(), first_token=first_token)
-    assert same(got, cpu_sampling.gumbel_argmax(*arguments.values(), first_token))
+    assert torch.equal(got, cpu_sampling.gumbel_argmax(*arguments.values(), first_token))
+    assert same(sampling_ops.best_of_ranks(got[None]), cpu_sampling.best_of_ranks(got[None]))
     masses = mass_arguments(1003, 8)
     logits, prefix = masses["logits"], masses["prefix"]
-    assert same(sampling_ops.row_argmax(logits), cpu_sampling.row_argmax(logits))
     pairs = [
+        (sampling_ops.row_argmax(logits, first_token=3), cpu_sampling.row_argmax(logits, 3)),
         (
             sampling_ops.row_mass(logits, logits.amax(1)),
             cpu_sampling.row_mass(logits, logits.amax(1)),
@@ -232,7 +264,7 @@ BAD = {
     "seeds": [torch.ones(5), torch.ones(4, dtype=torch.int64)],
     "places": [torch.ones(5, dtype=torch.int32)],
     "sampled": [torch.ones(5)],
-    "first_token": [-1, (1 << 34) - 8],
+    "first_token": [-1, (1 << 32) - 8],
 }
 
 
@@ -268,6 +300,20 @@ def test_mass_histogram_names_what_does_not_fit(name, bad):
 
 def test_other_devices_are_refused():
     with pytest.raises(ValueError, match=r"^device: expected one of cuda, cpu, got meta$"):
-        sampling_ops.row_argmax(torch.empty(2, 3, device="meta"))
+        sampling_ops.row_argmax(torch.empty(2, 3, device="meta"), first_token=0)
     with pytest.raises(ValueError, match=r"^scores: expected"):
-        sampling_ops.row_argmax(torch.zeros(3))
+        sampling_ops.row_argmax(torch.zeros(3), first_token=0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(2, 3),
+        torch.zeros(3, 2).long().T,
+        torch.zeros(0, 3).long(),
+    ],
+)
+def test_best_of_ranks_names_what_does_not_fit(bad):
+    with pytest.raises(ValueError, match=r"^packed: expected"):
+        sampling_ops.best_of_ranks(bad)

@@ -48,7 +48,9 @@ def sampling(**changes: float | LogitsRules) -> SlotSampling:
 
 
 def test_laying_out_a_step(copies: list[bool]) -> None:
-    slots = Slots(num_groups=2, max_num_seqs=4, max_model_len=64, block_size=4, device=META)
+    slots = Slots(
+        num_groups=2, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=64, block_size=4, device=META
+    )
     plan = StepPlan(
         epoch=0,
         step_id=0,

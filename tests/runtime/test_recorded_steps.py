@@ -135,24 +135,24 @@ def test_steps_longer_than_what_is_recorded(dtype: str, head_dim: int, tmp_path:
 def test_each_input_counts(stale: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input that only the first play is given shows."""
     plain, _ = decode_steps(Group.single("cpu"), llama, recorded=False)
-    take = recorded_steps._Step.take
+    play = recorded_steps._Step.play
     first: list[torch.Tensor] = []
 
-    def forget(step: recorded_steps._Step, inputs: StepInputs) -> None:
-        own = step.inputs
+    def forget(step: recorded_steps._Step, inputs: StepInputs) -> torch.Tensor:
+        places = step._places
         place = {
-            "token_ids": own.token_ids,
-            "positions": own.positions,
-            "slot_mappings": own.slot_mappings[0],
-            "query_start": own.attention[0].query_start,
-            "context_lens": own.attention[0].context_lens,
-            "block_tables": own.attention[0].block_tables,
+            "token_ids": places.token_ids,
+            "positions": places.positions,
+            "slot_mappings": places.slot_mappings[0],
+            "query_start": places.attention[0].query_start,
+            "context_lens": places.attention[0].context_lens,
+            "block_tables": places.attention[0].block_tables,
         }[stale]
-        take(step, inputs)
         first.append(place.clone())
         place.copy_(first[0])
+        return play(step, inputs)
 
-    monkeypatch.setattr(recorded_steps._Step, "take", forget)
+    monkeypatch.setattr(recorded_steps._Step, "play", forget)
     played, num_played = decode_steps(Group.single("cpu"), llama)
     assert num_played == NUM_PLAYED
     assert torch.equal(plain[0], played[0])
