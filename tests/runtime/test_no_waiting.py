@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvshard.kernels import sampling_ops
+from kvshard.kernels.cpu import sampling_torch
 from kvshard.kernels.metadata import AttentionMetadata
 from kvshard.parallel.group import Group
 from kvshard.runtime.coordinator.logits_rules import LogitsRules
@@ -73,7 +74,7 @@ def test_laying_out_a_step(copies: list[bool]) -> None:
 
 
 def test_sampling(copies: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sampling_ops._MODULES, "meta", ".cpu.sampling_torch")
+    monkeypatch.setattr(sampling_ops, "_backend", lambda device_type: sampling_torch)
     sampler = Sampler(Group.single(META), range(100), 100, 4, META)
     sampler.open(0, sampling(stop_from=9))
     sampler.open(1, sampling(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, logprobs=7))
