@@ -27,7 +27,8 @@ def to_device(values: npt.NDArray[Any], device: torch.device | str) -> Tensor:
     """`values` on `device`, with the same shape and dtype; on CPU the same memory, elsewhere without gaps.
 
     The host does not wait: only a copy out of pinned memory is asynchronous, any other may first wait for all that
-    the device still has to do, and then no step is launched ahead of the last one.
+    the device still has to do, and then no step is launched ahead of the last one. It is a copy that is pinned, so `values`
+    may be written to again as soon as this returns.
     """
     device = torch.device(device)
     if device.type == "cpu":

@@ -55,8 +55,8 @@ class AttentionMetadata:
 
     query_start        [R + 1] int32: row r owns query tokens query_start[r] up to query_start[r + 1]
     context_lens       [R] int32: tokens of the row in the cache while attention runs, this step's included
-    block_tables       [R, max_blocks] int32: cache block of each block_size tokens; entries past the row's
-                       length are never read
+    block_tables       [R, max_blocks] int32, rows of adjacent entries: cache block of each block_size tokens;
+                       entries past the row's length are never read
     query_lens_host    [R] int32, host copy of the query lengths, so that planning needs no device sync
     context_lens_host  [R] int32, host copy of context_lens
     block_size         tokens per cache block

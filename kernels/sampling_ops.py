@@ -1,7 +1,7 @@
 """The door to the sampler's kernels: formulas, shapes and dtypes of every operation, and the choice of the back end.
 
 Logits are one rank's columns of the vocabulary, [R, V] float32 with rows of adjacent elements. What several ranks
-(or several programs of one launch) find is put together from integers, or by the largest value and lowest column, so
+(or several programs of one launch) find is put together from integers, by sums or by the largest one, so
 no result depends on how columns are spread. `sampling_reference.py` defines the same operations in plain torch.
 
 Two functions are only nearly the same on all back ends: exp (some units in the last place) and the noise (2 units at
@@ -86,8 +86,8 @@ def _check_vectors(logits: Tensor, dtype: torch.dtype, **vectors: Tensor) -> Non
 def row_argmax(scores: Tensor, *, first_token: int) -> Tensor:
     """The largest score of each row with its token, packed into one number that all ranks compare: see `best_of_ranks`.
 
-    Above is the score's key, a signed 32-bit integer in the order of the values: one for either zero, and one above that
-    of infinity for NaN. Below is 2^32 - 1 - token, so that of equal scores the lowest token is the largest.
+    Above is the score's key, a signed 32-bit integer in the order of the values: the same for both zeros, and the
+    largest, 2^31 - 1, for NaN. Below is 2^32 - 1 - token, so that of equal scores the lowest token is the largest.
 
     scores   [R, V] float32, of tokens first_token + column < 2^32
     returns  packed [R] int64

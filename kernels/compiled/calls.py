@@ -135,8 +135,9 @@ def sampling_calls() -> Iterator[TypicalCall]:
     yield TypicalCall("row_argmax", partial(sampling.row_argmax, logits, 0))
     gumbel = partial(sampling.gumbel_argmax, logits, floats, floats, longs, longs, flags, 0)
     yield TypicalCall("gumbel_argmax", gumbel, ("argmax_kernel",))
-    ranks = partial(sampling.best_of_ranks, torch.zeros(4, rows, dtype=torch.int64))
-    yield TypicalCall("best_of_ranks", ranks, ("best_kernel",))
+    for ranks in (1, 4):
+        best = partial(sampling.best_of_ranks, torch.zeros(ranks, rows, dtype=torch.int64))
+        yield TypicalCall(f"best_of_ranks {ranks}", best, ("best_kernel",))
     yield TypicalCall("row_mass", partial(sampling.row_mass, logits, floats))
     yield TypicalCall("count_histogram", partial(sampling.count_histogram, logits, keys, 24))
     masses = partial(sampling.mass_histogram, logits, floats, floats, floats, keys, 24)

@@ -40,7 +40,7 @@ def row_argmax(scores: Tensor, first_token: int) -> Tensor:
     library = _library()
     if library is None:
         return sampling_torch.row_argmax(scores, first_token)
-    packed = torch.empty(len(scores), dtype=torch.int64)
+    packed = scores.new_empty(len(scores), dtype=torch.int64)
     vectors = (None,) * 5
     library.sampling_argmax(*_rows(scores), *vectors, first_token, packed.data_ptr(), torch.get_num_threads())
     return packed
@@ -80,7 +80,7 @@ def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
     if library is None:
         return sampling_torch.best_of_ranks(packed)
     ranks, rows = packed.shape
-    best, token = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    best, token = packed.new_empty(rows, dtype=torch.float32), packed.new_empty(rows)
     library.sampling_best(packed.data_ptr(), ranks, rows, best.data_ptr(), token.data_ptr())
     return best, token
 

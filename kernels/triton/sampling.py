@@ -1,6 +1,6 @@
 """The sampler's operations: a program takes some columns of one row, and what programs find is put together as integers.
 
-Sums of integers and the largest of packed (score, column) pairs do not depend on the order of programs. exp and log
+Sums of integers and the largest of packed (score, token) pairs do not depend on the order of programs. exp and log
 are those of the device: exp in float32, log in float64, since near u = 1/e the outer logarithm of the noise takes
 away what leading digits the inner one has in float32.
 """

@@ -53,7 +53,7 @@ class _Step:
 
     def play(self, inputs: StepInputs) -> Tensor:
         assert inputs.token_ids.data_ptr() == self._places.token_ids.data_ptr(), (
-            "the inputs of a step lie where they were when it was recorded"
+            "the inputs of a step, all laid out by the same Slots, lie where they were when it was recorded"
         )
         num_tokens = len(inputs.token_ids)
         self._tape.play(num_tokens, len(inputs.attention[0].context_lens))

@@ -98,6 +98,7 @@ class Sampler:
             packed = self._perturbed_best(processed, slots, positions)
         else:
             packed = ops.row_argmax(processed, first_token=self.vocab_rows.start)
+        # That of a broken row is -1, NO_TOKEN.
         _, token_ids = ops.best_of_ranks(self.group.all_gather(packed, "sampler.argmax"))
         if needs & _PROCESSING:
             self._processors.add_chosen(slots, token_ids)

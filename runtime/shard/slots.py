@@ -28,8 +28,8 @@ class StepInputs:
 class Slots:
     """`max_num_seqs` places for requests: block tables and lengths on the host, last tokens on the device.
 
-    A step's inputs are laid out on the host, always in the same memory. A GPU gets copies; on the CPU a step reads that
-    memory itself, so its inputs are good until the next step's are laid out.
+    A step's inputs are laid out on the host, always in the same memory. On the CPU a step reads that memory itself, so its
+    inputs are good until the next step's are laid out; a GPU gets copies, which are made before `apply` returns.
     """
 
     def __init__(
@@ -45,17 +45,14 @@ class Slots:
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._device = device
-        max_blocks = -(-max_model_len // block_size)
+        self.max_num_tokens = min(max_num_batched_tokens, max_num_seqs * max_model_len)  # of a step
         # In groups with a window, entries that it has passed keep what they had: nothing reads them.
-        self._block_tables = np.zeros((num_groups, max_num_seqs, max_blocks), np.int32)
+        self._block_tables = np.zeros((num_groups, max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self._num_entries = np.zeros((num_groups, max_num_seqs), np.int64)  # of each block table
         self._context_len = np.zeros(max_num_seqs, np.int64)
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        # What a step reads, see StepInputs and AttentionMetadata.
-        self.max_num_tokens = most_tokens = min(max_num_batched_tokens, max_num_seqs * max_model_len)
-        self._token_ids = np.zeros(most_tokens, np.int64)
-        self._positions = np.zeros(most_tokens, np.int64)
-        self._slot_mappings = np.zeros((num_groups, most_tokens), np.int64)
+        # What a step reads, see StepInputs and AttentionMetadata. Of tokens: ids, positions, slot mappings by layer group.
+        self._tokens = np.zeros((2 + num_groups, self.max_num_tokens), np.int64)
         self._query_start = np.zeros(max_num_seqs + 1, np.int32)
         self._context_lens = np.zeros(max_num_seqs, np.int32)
         self._row_tables = np.zeros_like(self._block_tables)
@@ -68,11 +65,16 @@ class Slots:
         if len(plan.appended_slots):
             self._append(plan)
         slots, query_lens = plan.row_slots, plan.row_num_new_tokens
+        assert len(slots), "a step has at least one row"
+        assert query_lens.min() > 0, "a row in a step has at least one new token"
         before = self._context_len[slots]
         after = before + query_lens
         self._context_len[slots] = after
         ends = np.cumsum(query_lens)
-        num_rows, num_tokens, max_context_len = len(slots), int(ends[-1]), int(after.max())
+        num_rows, num_tokens = len(slots), int(ends[-1])
+        assert num_tokens <= self.max_num_tokens, (
+            f"{num_tokens} tokens, at most {self.max_num_tokens} in a step"
+        )
         assert np.all(self._num_entries[:, slots] * self._block_size >= after), (
             "a row has more tokens than blocks"
         )
@@ -81,18 +83,22 @@ class Slots:
         positions = np.arange(num_tokens) + (before - (ends - query_lens))[row_of_token]
         entries, offsets = np.divmod(positions, self._block_size)
         blocks = self._block_tables[:, slots[row_of_token], entries]  # [groups, T]
-        max_blocks = -(-max_context_len // self._block_size)
+        tokens = self._tokens[:, :num_tokens]
         from_device = plan.row_from_device
-        self._token_ids[:num_tokens][~from_device[row_of_token]] = plan.token_ids
-        self._positions[:num_tokens] = positions
-        self._slot_mappings[:, :num_tokens] = blocks.astype(np.int64) * self._block_size + offsets
+        tokens[0, ~from_device[row_of_token]] = plan.token_ids
+        tokens[1] = positions
+        tokens[2:] = blocks.astype(np.int64) * self._block_size + offsets
         self._query_start[1 : num_rows + 1] = ends
         self._context_lens[:num_rows] = after
-        self._row_tables[:, :num_rows, :max_blocks] = self._block_tables[:, slots, :max_blocks]
 
         samples = plan.row_samples
         inputs = self._inputs(
-            query_lens, num_tokens, max_context_len, ends[samples] - 1, slots[samples], after[samples]
+            query_lens,
+            after.astype(np.int32),
+            self._tables_of(slots, int(after.max())),
+            ends[samples] - 1,
+            slots[samples],
+            after[samples],
         )
         if from_device.any():
             inputs.token_ids[self._to_device(ends[from_device] - 1)] = self._last_token[
@@ -106,10 +112,10 @@ class Slots:
         num_rows = min(len(self._context_lens), num_tokens)
         query_lens = np.full(num_rows, num_tokens // num_rows, np.int32)
         query_lens[: num_tokens % num_rows] += 1
+        context_lens = np.full(num_rows, self._max_model_len, np.int32)
         nobody = np.empty(0, np.int32)
-        return self._inputs(
-            query_lens, num_tokens, self._max_model_len, nobody, nobody, nobody.astype(np.int64)
-        )
+        tables = torch.from_numpy(self._row_tables[:, :num_rows])
+        return self._inputs(query_lens, context_lens, tables, nobody, nobody, nobody.astype(np.int64))
 
     def store_sampled(self, slots: npt.NDArray[np.int32], token_ids: Tensor) -> None:
         """Keep the sampled tokens where the next step's inputs are read."""
@@ -134,33 +140,45 @@ class Slots:
         num_entries[present] += counts
         self._block_tables.reshape(-1, self._block_tables.shape[2])[tables, entries] = block_ids
 
+    def _tables_of(self, slots: npt.NDArray[np.int32], max_context_len: int) -> Tensor:
+        """[groups, R, blocks of the longest row] int32 on the device."""
+        num_blocks = -(-max_context_len // self._block_size)
+        tables = self._block_tables[:, slots, :num_blocks]
+        if self._device.type != "cpu":
+            return to_device(tables, self._device)
+        kept = self._row_tables[:, : len(slots), :num_blocks]
+        kept[:] = tables
+        return torch.from_numpy(kept)
+
     def _inputs(
         self,
         query_lens: npt.NDArray[np.int32],
-        num_tokens: int,
-        max_context_len: int,
+        context_lens: npt.NDArray[np.int32],
+        tables: Tensor,
         sample_tokens: npt.NDArray[np.integer],
         sample_slots: npt.NDArray[np.int32],
         sample_positions: npt.NDArray[np.int64],
     ) -> StepInputs:
-        num_rows, max_blocks = len(query_lens), -(-max_context_len // self._block_size)
-        tables = to_device(self._row_tables[:, :num_rows, :max_blocks], self._device).unbind()
+        """What has been laid out for rows of so many tokens and with such tables."""
+        num_rows, num_tokens = len(query_lens), int(query_lens.sum())
+        first_tables, *other_tables = tables.unbind()
         attention = AttentionMetadata(
             query_start=to_device(self._query_start[: num_rows + 1], self._device),
             context_lens=to_device(self._context_lens[:num_rows], self._device),
-            block_tables=tables[0],
+            block_tables=first_tables,
             query_lens_host=query_lens,
-            context_lens_host=self._context_lens[:num_rows],
+            context_lens_host=context_lens,
             block_size=self._block_size,
             num_tokens=num_tokens,
             max_query_len=int(query_lens.max()),
-            max_context_len=max_context_len,
+            max_context_len=int(context_lens.max()),
         )
+        token_ids, positions, *slot_mappings = to_device(self._tokens[:, :num_tokens], self._device).unbind()
         return StepInputs(
-            token_ids=to_device(self._token_ids[:num_tokens], self._device),
-            positions=to_device(self._positions[:num_tokens], self._device),
-            slot_mappings=to_device(self._slot_mappings[:, :num_tokens], self._device).unbind(),
-            attention=(attention, *(attention.with_tables(table) for table in tables[1:])),
+            token_ids=token_ids,
+            positions=positions,
+            slot_mappings=tuple(slot_mappings),
+            attention=(attention, *map(attention.with_tables, other_tables)),
             sample_tokens=self._to_device(sample_tokens),
             sample_slots=sample_slots,
             sample_positions=sample_positions,

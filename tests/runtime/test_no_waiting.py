@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry for each copy to the device: did it come from pinned memory?"""
+    """One entry for each copy to the device: did it come from pinned memory, in one piece?"""
     pinned: list[torch.Tensor] = []
     seen: list[bool] = []
     plain = torch.Tensor.to
@@ -35,7 +35,8 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     def to(tensor: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
         out: torch.Tensor = plain(tensor, *args, **options)
         if out.device != tensor.device:
-            seen.append(options.get("non_blocking") is True and any(tensor is other for other in pinned))
+            is_pinned = any(tensor is other for other in pinned)
+            seen.append(is_pinned and tensor.is_contiguous() and options.get("non_blocking") is True)
         return out
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
