@@ -64,6 +64,9 @@ def report_errors(action: Callable[[], int], hint: str = "") -> int:
             console.print(hint, soft_wrap=True)
         return EXIT_JOB_ERROR
     except KeyboardInterrupt:
+        # Where the interrupt came out of a string of code, which dataclasses are made with when they are imported,
+        # `python -m` would end by SIGINT and not with our exit code. Running another string takes that back.
+        exec("")
         console.print(f"Interrupted. {hint}", soft_wrap=True)
         return EXIT_INTERRUPTED
 

@@ -122,3 +122,15 @@ def test_no_control_characters_without_a_terminal(folder: Path) -> None:
     for text in (stdout, stderr):
         assert not [character for character in text if ord(character) < 32 and character != "\n"]
     assert max(map(len, stderr.splitlines())) <= 110
+
+
+def test_an_interrupt_amid_a_string_of_code_gives_the_exit_code(tmp_path: Path) -> None:
+    """As in an import that defines dataclasses. Python would end `-m` by the signal."""
+    (tmp_path / "job.py").write_text(
+        "import sys\n"
+        "from kvshard.launch.run import report_errors\n"
+        "sys.exit(report_errors(lambda: exec('raise KeyboardInterrupt')))\n"
+    )
+    job = subprocess.run([sys.executable, "-m", "job"], cwd=tmp_path, capture_output=True, text=True)
+    assert job.returncode == 130, job
+    assert job.stderr.startswith("Interrupted.")
