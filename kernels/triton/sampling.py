@@ -1,8 +1,7 @@
 """The sampler's operations: a program takes some columns of one row, and what programs find is put together as integers.
 
-Sums of integers and the largest of packed (score, token) pairs do not depend on the order of programs. exp and log
-are those of the device: exp in float32, log in float64, since near u = 1/e the outer logarithm of the noise takes
-away what leading digits the inner one has in float32.
+Sums of integers and the largest of packed (score, token) pairs do not depend on the order of programs. exp is the
+device's in float32, log in float64: near u = 1/e the noise's outer logarithm takes away the inner one's leading digits.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -97,8 +96,7 @@ def argmax_kernel(
             score = tl.where(scaled < cut, float("-inf"), score)
         found = tl.where(inside, _packed(score, first_token + column), -0x8000000000000000)
         largest = tl.maximum(largest, found)
-    place = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row
-    tl.store(packed_ptr + place, tl.max(largest, 0))
+    tl.store(packed_ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + row, tl.max(largest, 0))
 
 
 @triton.jit
@@ -106,9 +104,8 @@ def best_kernel(packed_ptr, best_ptr, token_ptr, ranks, rows, RANKS: tl.constexp
     """The largest of each row's packed scores [ranks, rows], taken apart."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, RANKS)[:, None].to(tl.int64)
-    there = (rank < ranks) & (row < rows)
-    packed = tl.load(packed_ptr + rank * rows + row, mask=there, other=-0x8000000000000000)
-    largest = tl.max(packed, 0)
+    inside = (rank < ranks) & (row < rows)
+    largest = tl.max(tl.load(packed_ptr + rank * rows + row, mask=inside, other=-0x8000000000000000), 0)
     key = (largest >> 32).to(tl.int32)
     best = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     token = tl.where(tl.abs(best) < float("inf"), 0xFFFFFFFF - (largest & 0xFFFFFFFF), -1)
@@ -231,10 +228,8 @@ def gumbel_argmax(
 def best_of_ranks(packed: Tensor) -> tuple[Tensor, Tensor]:
     """See `sampling_ops.best_of_ranks`."""
     ranks, rows = packed.shape
-    best = torch.empty(rows, dtype=torch.float32, device=packed.device)
-    token = torch.empty(rows, dtype=torch.int64, device=packed.device)
-    grid = (triton.cdiv(rows, BEST_ROWS),)
-    best_kernel[grid](
+    best, token = packed.new_empty(rows, dtype=torch.float32), packed.new_empty(rows)
+    best_kernel[(triton.cdiv(rows, BEST_ROWS),)](
         packed, best, token, ranks, rows, RANKS=triton.next_power_of_2(ranks), BLOCK=BEST_ROWS, num_warps=1
     )
     return best, token
