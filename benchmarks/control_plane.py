@@ -87,7 +87,7 @@ def measure_steps(num_steps: int) -> tuple[Samples, StepPlan]:
         layer_groups=(LayerGroup(None, 1),),
     )
     executor = InstantExecutor()
-    coordinator = Coordinator(executor, limits, eos_token_ids=EOS)  # type: ignore[arg-type]
+    coordinator = Coordinator(executor, limits, eos_token_ids=EOS)
     for row in range(NUM_ROWS):
         prompt = [row, *range(CONTEXT_LEN - 1)]  # rows that begin alike would share their blocks
         coordinator.add(Request.new(str(row), prompt, SamplingParams(max_tokens=None)))

@@ -82,7 +82,7 @@ def variants(rows: int, context: int) -> dict[str, Callable[[int], object]]:
     }
     for format in BOUNDS:
         run = paged(filled_layers(format, tables, context, keys))
-        error = (run(0).float() - expected).abs().max()  # type: ignore[attr-defined]
+        error = (run(0).float() - expected).abs().max()
         assert error < BOUNDS[format], f"{format}: off by {error}"
         out["bfloat16" if format == "auto" else format] = run
     return out

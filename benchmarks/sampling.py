@@ -43,7 +43,7 @@ def sampler_of(rows: int, vocabulary: int, changes: dict[str, float]) -> Sampler
     values = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logprobs": None, "stop_from": 0}
     sampler = Sampler(Group.single(CPU), range(vocabulary), vocabulary, rows, CPU)
     for slot in range(rows):
-        sampler.open(slot, SlotSampling(**values | changes, seed=slot, stop_ids=()))  # type: ignore[arg-type]
+        sampler.open(slot, SlotSampling(**values | changes, seed=slot, stop_ids=()))
     return sampler
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,10 +81,10 @@ class KVLayer:
 
     def to(self, device: torch.device | str) -> KVLayer:
         """A copy on another device, or itself."""
-        return KVLayer(*(None if x is None else x.to(device) for x in self._fields()))  # type: ignore[arg-type]
+        return self._each(lambda x: x.to(device))
 
     def clone(self) -> KVLayer:
-        return KVLayer(*(None if x is None else x.clone() for x in self._fields()))  # type: ignore[arg-type]
+        return self._each(torch.clone)
 
     def fill_(self, value: float, block_ids: list[int] | slice = slice(None)) -> None:
         """Overwrite blocks, so that every element of them reads as `value` or, quantised, as a multiple of it."""
@@ -93,5 +94,6 @@ class KVLayer:
             else:
                 scale[block_ids] = value
 
-    def _fields(self) -> tuple[Tensor | None, ...]:
-        return self.k, self.v, self.k_scale, self.v_scale
+    def _each(self, copy: Callable[[Tensor], Tensor]) -> KVLayer:
+        scales = (None if x is None else copy(x) for x in (self.k_scale, self.v_scale))
+        return KVLayer(copy(self.k), copy(self.v), *scales)
