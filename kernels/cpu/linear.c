@@ -35,9 +35,9 @@ static void multiply_part(const void *context, int64_t part, int64_t thread) {
 }
 
 static int64_t parts_of(const struct linear *a, int64_t chunks) {
-    int64_t threads = a->num_threads, kept = threads * kept_chunks(a);
+    int64_t threads = a->num_threads, at_once = threads * chunks_of_part(a);
     if (threads == 1) return 1;
-    return threads * (a->num_tokens > CHUNK ? (chunks + kept - 1) / kept : PARTS);
+    return threads * (a->num_tokens > CHUNK ? (chunks + at_once - 1) / at_once : PARTS);
 }
 
 static void multiply_all(struct product *p) {

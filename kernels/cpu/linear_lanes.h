@@ -222,6 +222,7 @@ static void write_lanes(const struct linear *a, const float *sums, int64_t token
 
 // Chunks of W that all tokens meet before the next.
 static int64_t kept_chunks(const struct linear *a) { return KEPT_ROWS / (CHUNK * 2 * row_halves(a)) + 1; }
+static int64_t chunks_of_part(const struct linear *a) { return kept_chunks(a); }
 
 // Of a thread, for numbers that were codes: kept chunks, or what one block of tokens wants at a time.
 static int64_t room_of(const struct linear *a) {
