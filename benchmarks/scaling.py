@@ -87,7 +87,10 @@ def plot(points: list[Point], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     for axis, name in zip(figure.subplots(1, 3), ("context", "rows", "shards"), strict=True):
         own = [point for point in points if point.axis == name]
-        axis.plot([point.value for point in own], [min(point.step_ms) for point in own], marker="o")
+        middle = [median(point.step_ms) for point in own]
+        below = [now - min(point.step_ms) for now, point in zip(middle, own, strict=True)]
+        above = [max(point.step_ms) - now for now, point in zip(middle, own, strict=True)]
+        axis.errorbar([point.value for point in own], middle, yerr=(below, above), marker="o", capsize=3)
         if name != "shards":
             axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
